@@ -1,0 +1,56 @@
+# Every target does its own set-up: a virtual environment in .venv, made again only when pyproject.toml changes.
+#   make quickstart   train, evaluate and caption on the pictures inside the package    (ARGS="--overwrite")
+#   make test         lint, types, import rules, then all tests: fast ones first         (ARGS="-k retrieval")
+#   make lint         ruff, mypy, import rules          make format   rewrite the code in the house format
+#   make bench        timings beside other implementations
+#
+# PYTHON=python3.12       another interpreter (3.10 or newer) for the virtual environment
+# TORCH_INDEX=URL         take torch and torchvision from PyTorch's own wheel index, such as its CPU-only one:
+#                         on Linux a plain installation brings the CUDA build, which is several GB
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/quickstart
+WORKERS ?= 2
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: quickstart test lint format bench clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.user
+	$(BIN)/vlm quickstart --out $(OUT) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest -m bench -s $(ARGS)
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("vlm needs Python 3.10 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No virtual environment: on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+
+$(VENV)/.torch: | $(BIN)/python
+	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) torch torchvision)
+	@touch $@
+
+$(VENV)/.user: pyproject.toml | $(VENV)/.torch
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.user

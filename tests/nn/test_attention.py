@@ -1,0 +1,160 @@
+"""Attention against softmax over single queries, rotary positions against complex numbers."""
+
+import cmath
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlm.nn.attention import Attention, Context, CrossAttention, merge_heads, split_heads
+from vlm.nn.rotary import Rotary, rotate
+from vlm.nn.tokens import Tokens
+
+B, S, D, H = 2, 5, 12, 6
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """B H S K, B G T K, B G T K, B S T: every query by itself, its group's keys one by one."""
+    groups = query.shape[1] // key.shape[1]
+    batches = []
+    for b in range(query.shape[0]):
+        heads = []
+        for h in range(query.shape[1]):
+            rows = []
+            for s in range(query.shape[2]):
+                allowed = mask[b, s].nonzero()[:, 0].tolist()
+                score = torch.stack([query[b, h, s] @ key[b, h // groups, t] for t in allowed])
+                weight = (score / math.sqrt(query.shape[3])).exp()
+                mixed = sum(weight[i] * value[b, h // groups, t] for i, t in enumerate(allowed))
+                rows.append(mixed / weight.sum())
+            heads.append(torch.stack(rows))
+        batches.append(torch.stack(heads))
+    return torch.stack(batches)
+
+
+def turned(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotates pair (i, i + K/2) as one complex number, B H S K."""
+    half = x.shape[3] // 2
+    out = x.clone()
+    for b in range(x.shape[0]):
+        for s in range(x.shape[2]):
+            for i in range(half):
+                turn = cmath.exp(1j * float(position[b, s]) * theta ** (-i / half))
+                first, second = x[b, :, s, i], x[b, :, s, i + half]
+                out[b, :, s, i] = first * turn.real - second * turn.imag
+                out[b, :, s, i + half] = first * turn.imag + second * turn.real
+    return out
+
+
+def mixed_tokens(x: Tensor) -> Tokens:
+    """Two bidirectional tokens, then causal ones, with padding in one row."""
+    valid = torch.ones(B, S - 2, dtype=torch.bool)
+    valid[0, 2:] = False
+    return Tokens.of(x[:, :2], causal=False).concat(Tokens.of(x[:, 2:], causal=True, valid=valid))
+
+
+def heads(linear: nn.Module, x: Tensor, count: int) -> Tensor:
+    return split_heads(linear(x), count)
+
+
+def gradients(y: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return torch.autograd.grad((y * weight).sum(), of)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2, 1])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_equals_softmax_over_single_queries_with_gradients(kv_heads: int | None, rotary: bool) -> None:
+    attention = Attention(D, H, kv_heads, bias=True).double()
+    x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
+    tokens = mixed_tokens(x)
+    angles = Rotary(D // H, 100.0)(tokens.position) if rotary else None
+    found, _ = attention(x, Context(tokens, tokens.visibility(), angles))
+    groups = H if kv_heads is None else kv_heads
+    query, key = heads(attention.query, x, H), heads(attention.key, x, groups)
+    if rotary:
+        query, key = turned(query, tokens.position, 100.0), turned(key, tokens.position, 100.0)
+    mixed = naive(query, key, heads(attention.value, x, groups), tokens.mask()[:, 0])
+    expected = attention.out(merge_heads(mixed))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    leaves = (x, *attention.parameters())
+    torch.testing.assert_close(gradients(found, *leaves), gradients(expected, *leaves), atol=1e-5, rtol=0)
+
+
+def test_remembers_keys_of_the_past() -> None:
+    attention = Attention(D, H, 2)
+    x = torch.randn(B, S, D)
+    whole = Tokens.of(x)
+    expected, state = attention(x, Context(whole, whole.visibility(), None))
+    first, second = Tokens.of(x[:, :3]), Tokens.of(x[:, 3:])
+    start, past = attention(first.x, Context(first, first.visibility(), None))
+    rest, present = attention(second.x, Context(second, second.visibility(first.valid), None), past)
+    torch.testing.assert_close(torch.cat([start, rest], 1), expected)
+    torch.testing.assert_close(present.key, state.key)
+    torch.testing.assert_close(present.value, state.value)
+
+
+def test_rotary_equals_complex_rotation() -> None:
+    x = torch.randn(2, 3, 4, 8)
+    position = torch.tensor([[0, 1, 2, 3], [5, 9, 40, 100]])
+    torch.testing.assert_close(
+        rotate(x, Rotary(8, 1000.0)(position)), turned(x, position, 1000.0), atol=2e-5, rtol=0
+    )
+
+
+def test_rotated_products_depend_on_the_distance_alone() -> None:
+    x, y, rotary = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8), Rotary(8)
+
+    def product(first: int, second: int) -> Tensor:
+        a, b = (rotary(torch.tensor([[position]])) for position in (first, second))
+        return (rotate(x, a) * rotate(y, b)).sum()
+
+    torch.testing.assert_close(product(3, 7), product(20, 24))
+    assert abs(float(product(3, 7) - product(3, 8))) > 1e-3
+
+
+def test_angles_stay_in_fp32_for_low_precision_inputs() -> None:
+    cos, _ = Rotary(4)(torch.tensor([[300, 301]]))
+    assert cos.dtype == torch.float32
+    assert rotate(torch.randn(1, 1, 2, 4, dtype=torch.bfloat16), (cos, cos)).dtype == torch.bfloat16
+
+
+def test_cross_attention_equals_softmax_with_gradients() -> None:
+    cross = CrossAttention(D, 7, H).double()
+    x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
+    image = torch.randn(B, 3, 7, dtype=torch.float64, requires_grad=True)
+    found = cross(x, cross.project(image))
+    everything = torch.ones(B, S, 3, dtype=torch.bool)
+    mixed = naive(heads(cross.query, x, H), heads(cross.key, image, H), heads(cross.value, image, H), everything)
+    expected = cross.out(merge_heads(mixed))
+    torch.testing.assert_close(found, expected)
+    leaves = (x, image, *cross.parameters())
+    torch.testing.assert_close(gradients(found, *leaves), gradients(expected, *leaves))
+
+
+def test_selected_images_are_those_rows() -> None:
+    cross = CrossAttention(D, 7, H)
+    image, x, index = torch.randn(3, 4, 7), torch.randn(4, S, D), torch.tensor([2, 0, 0, 1])
+    torch.testing.assert_close(cross(x, cross.project(image).select(index)), cross(x, cross.project(image[index])))
+
+
+def test_heads_are_split_and_merged_in_order() -> None:
+    x = torch.arange(12.0).view(1, 2, 6)
+    assert split_heads(x, 3)[0, 1].tolist() == [[2, 3], [8, 9]]
+    torch.testing.assert_close(merge_heads(split_heads(x, 3)), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Attention(10, 4), "heads=4 does not divide dim=10"),
+        (lambda: Attention(12, 6, 4), "kv_heads=4 does not divide heads=6"),
+        (lambda: CrossAttention(10, 7, 3), "heads=3 does not divide dim=10"),
+        (lambda: Rotary(5), "even head width, not 5"),
+    ],
+)
+def test_widths_that_do_not_divide_are_named(make: object, words: str) -> None:
+    assert callable(make)
+    with pytest.raises(ValueError, match=words):
+        make()

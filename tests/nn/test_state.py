@@ -1,0 +1,82 @@
+"""The key/value memory: extending never changes an older value, whoever shares the storage."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlm.nn.state import KeyValue, LayerState, State
+
+
+def columns(length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, length, 4), torch.randn(2, 3, length, 4)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_extend_appends(grad: bool) -> None:
+    parts = [columns(length) for length in (4, 1, 1, 40, 2, 1)]
+    with torch.set_grad_enabled(grad):
+        state = KeyValue(*parts[0])
+        for part in parts[1:]:
+            state = state.extend(*part)
+    assert torch.equal(state.key, torch.cat([key for key, _ in parts], 2))
+    assert torch.equal(state.value, torch.cat([value for _, value in parts], 2))
+
+
+def test_gradients_flow_through_extend() -> None:
+    key, value = (part.requires_grad_() for part in columns(2))
+    longer = KeyValue(key, value).extend(*columns(1))
+    (longer.key.sum() + 2 * longer.value.sum()).backward()
+    assert key.grad is not None and value.grad is not None
+    assert torch.equal(key.grad, torch.ones_like(key))
+    assert torch.equal(value.grad, 2 * torch.ones_like(value))
+
+
+@torch.no_grad()
+def test_storage_is_shared_while_nobody_else_continues() -> None:
+    state = KeyValue(*columns(3)).extend(*columns(1))
+    longer = state.extend(*columns(1))
+    assert longer.key.data_ptr() == state.key.data_ptr()
+    assert longer.value.data_ptr() == state.value.data_ptr()
+    assert state.extend(*columns(1)).key.data_ptr() != state.key.data_ptr()
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 20), st.booleans()), min_size=1, max_size=12))
+def test_continuations_of_one_past_do_not_disturb_each_other(steps: list[tuple[int, int, bool]]) -> None:
+    """A tree of continuations: each keeps equal to the plain concatenation that made it, to the end."""
+    first = columns(2)
+    states, expected = [KeyValue(*first)], [first]
+    for parent, length, grad in steps:
+        parent %= len(states)
+        new = columns(length)
+        with torch.set_grad_enabled(grad):
+            states.append(states[parent].extend(*new))
+        old = expected[parent]
+        expected.append((torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2)))
+    for state, (key, value) in zip(states, expected, strict=True):
+        assert torch.equal(state.key, key)
+        assert torch.equal(state.value, value)
+
+
+@torch.no_grad()
+def test_reorder_picks_rows_and_copies() -> None:
+    state = KeyValue(*columns(3)).extend(*columns(1))
+    before = state.key.clone()
+    picked = state.reorder(torch.tensor([1, 1, 0]))
+    assert torch.equal(picked.key, before[[1, 1, 0]])
+    key, value = (part[[0, 1, 0]] for part in columns(1))
+    longer = picked.extend(key, value)
+    assert torch.equal(longer.key[:, :, :4], before[[1, 1, 0]])
+    assert torch.equal(state.key, before)
+
+
+def test_the_state_of_a_stack_reorders_all_it_holds() -> None:
+    layers = tuple(KeyValue(*columns(3)) for _ in range(2))
+    assert all(isinstance(layer, LayerState) for layer in layers)
+    state = State(layers, torch.tensor([[True, True, False], [True, True, True]]), torch.tensor([2, 3]))
+    picked = state.reorder(torch.tensor([1, 0, 1]))
+    assert picked.valid.tolist() == [[True] * 3, [True, True, False], [True] * 3]
+    assert picked.position.tolist() == [3, 2, 3]
+    assert isinstance(picked.layers[1], KeyValue)
+    assert torch.equal(picked.layers[1].value, layers[1].value[[1, 0, 1]])

@@ -1,0 +1,98 @@
+"""The verbs hand their arguments on; what a user can mend is one message and an exit code."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vlm import __version__, cli
+from vlm.config.load import ConfigError
+
+
+class Recorder:
+    """Stands in for what a verb calls."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append((args, kwargs))
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the command line with recorders below it; returns the exit code and what was called."""
+
+    def run(*arguments: str, error: BaseException | None = None) -> tuple[int, list[Any]]:
+        recorder = Recorder(error)
+        below = SimpleNamespace(train=recorder, quickstart=recorder, caption=recorder, evaluate=recorder)
+        for name in ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run"):
+            monkeypatch.setitem(sys.modules, name, below)
+        monkeypatch.setattr(sys, "argv", ["vlm", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), recorder.calls
+
+    return run
+
+
+def test_arguments_arrive(vlm: Any) -> None:
+    defaults = {"out": Path("runs/x"), "resume": False, "overwrite": False}
+    assert vlm("train", "configs/x.yaml") == (0, [((Path("configs/x.yaml"), []), defaults)])
+    given = vlm("train", "x.yaml", "a.b=1", "--out", "there", "c=-2", "--resume", "--overwrite")
+    assert given == (
+        0,
+        [((Path("x.yaml"), ["a.b=1", "c=-2"]), {"out": Path("there"), "resume": True, "overwrite": True})],
+    )
+    assert vlm("quickstart") == (0, [((Path("runs/quickstart"),), {"overwrite": False})])
+    assert vlm("caption", "run", "a.png", "-", "--json") == (0, [((Path("run"), ["a.png", "-"]), {"json": True})])
+    assert vlm("evaluate", "run", "a.tar", "b.tar") == (0, [((Path("run"), ["a.tar", "b.tar"]), {"json": False})])
+
+
+def test_version_and_help(vlm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vlm("--version") == (0, [])
+    assert capsys.readouterr().out == f"vlm {__version__}\n"
+    assert vlm("--help") == (0, [])
+    assert {"quickstart", "train", "caption", "evaluate", "config"} <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["caption", "run"], ["train", "x.yaml", "--stps=3"]])
+def test_wrong_arguments(vlm: Any, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert vlm(*arguments) == (2, [])
+    assert "Usage: vlm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("runs/x holds a run"), 2, "vlm: runs/x holds a run"),
+        (ConfigError(["x.yaml: a: wrong", "x.yaml: b: wrong"]), 2, "x.yaml: a: wrong\nx.yaml: b: wrong"),
+        (
+            FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a.tar"),
+            2,
+            "vlm: a.tar: No such file or directory",
+        ),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.pt"), 1, "vlm: a.pt: No space left on device"),
+        (OSError("something else"), 1, "vlm: something else"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors(vlm: Any, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str) -> None:
+    assert vlm("train", "x.yaml", error=error)[0] == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.strip()) == ("", message)
+
+
+def test_our_own_mistakes_keep_their_traceback(vlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError):
+        vlm("train", "x.yaml", error=AssertionError("broken"))
+    monkeypatch.setenv("VLM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="shown in full"):
+        vlm("train", "x.yaml", error=ValueError("shown in full"))

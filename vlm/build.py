@@ -1,0 +1,179 @@
+"""Settings to objects: the one place where configs and modules meet, and where dependent sizes are derived."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import assert_never
+
+import torch
+from torch import nn
+
+from vlm.config import schema
+from vlm.data.image import Augment, ImageTransform
+from vlm.data.loader import Loader
+from vlm.data.shards import Shards
+from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
+from vlm.model.connector import FirstToken, MeanPool, MlpConnector
+from vlm.model.heads import ContrastiveHead, MatchingHead
+from vlm.model.language import Decoder, llama
+from vlm.model.qformer import QFormer, TextBranch
+from vlm.model.text import TextEncoder
+from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
+from vlm.model.vlm import VisionLanguageModel
+from vlm.nn.backend import bfloat16_is_fast
+from vlm.nn.ffn import QuickGELU
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
+    """The model of a run with its own initialisation; the seed is set first, so equal settings give equal weights."""
+    settings = run.model
+    torch.manual_seed(run.train.seed)
+    vision = image_encoder(settings.vision)
+    kinds = {loss.kind for loss in run.losses}
+    longest = run.data.max_tokens
+    text = None if settings.text is None else text_encoder(settings.text, tokenizer.size, longest)
+    language = None if settings.language is None else decoder(settings.language, tokenizer.size)
+    bridge = connector(settings.connector, vision, language, tokenizer.size, longest)
+    heads = "itc" in kinds or "itm" in kinds
+    text_dim = text.dim if text is not None else bridge.width if isinstance(bridge, QFormer) else 0
+    seen = bridge.dim
+    assert isinstance(seen, int)
+    return VisionLanguageModel(
+        vision=vision,
+        connector=bridge,
+        text=text,
+        language=language,
+        contrast=ContrastiveHead(seen, text_dim, settings.embed_dim, settings.temperature) if heads else None,
+        match=MatchingHead(seen) if "itm" in kinds else None,
+    )
+
+
+def image_encoder(settings: schema.Vision) -> ImageEncoder:
+    """The image encoder, with its pretrained weights if any are named."""
+    dtype = None if settings.dtype is None else DTYPES[settings.dtype]
+    match settings:
+        case schema.OpenClipVision(name=name, weights=weights, layer=layer, image_size=size, frozen=frozen):
+            return open_clip_encoder(name, weights, layer, settings.class_token, size, frozen, dtype)
+        case schema.TimmVision(name=name, weights=weights, layer=layer, image_size=size, frozen=frozen):
+            return timm_encoder(name, weights, layer, settings.class_token, size, settings.args, frozen, dtype)
+        case _:
+            assert_never(settings)
+
+
+def connector(
+    settings: schema.Connector, vision: ImageEncoder, language: Decoder | None, vocabulary: int, max_tokens: int
+) -> nn.Module:
+    """What stands between the image encoder and what reads it."""
+    out = vision.dim if language is None else language.dim
+    match settings:
+        case schema.LinearConnector():
+            return MlpConnector(vision.dim, out, vision.tokens, depth=1)
+        case schema.MlpConnector(depth=depth, hidden=hidden):
+            return MlpConnector(vision.dim, out, vision.tokens, depth, hidden)
+        case schema.PoolConnector(kind="mean"):
+            return MeanPool(vision.dim)
+        case schema.PoolConnector():
+            return FirstToken(vision.dim)
+        case schema.QFormerConnector():
+            text = TextBranch(vocabulary, settings.dim, max_tokens) if settings.text else None
+            return QFormer(
+                image_dim=vision.dim,
+                dim=settings.dim,
+                layers=settings.layers,
+                heads=settings.heads,
+                queries=settings.queries,
+                hidden=settings.hidden,
+                cross_every=settings.cross_every,
+                text=text,
+                out_dim=None if language is None else language.dim,
+                dropout=settings.dropout,
+            )
+        case _:
+            assert_never(settings)
+
+
+def text_encoder(settings: schema.TextTower, vocabulary: int, max_tokens: int) -> TextEncoder:
+    """CLIP's text tower."""
+    activation = QuickGELU if settings.activation == "quick_gelu" else nn.GELU
+    return TextEncoder(
+        vocabulary, settings.dim, settings.layers, settings.heads, max_tokens, activation, settings.hidden, settings.dropout
+    )
+
+
+def decoder(settings: schema.TransformerLanguage, vocabulary: int) -> Decoder:
+    """The language model."""
+    return llama(
+        vocabulary,
+        settings.dim,
+        settings.layers,
+        settings.heads,
+        kv_heads=settings.mixer.kv_heads,
+        hidden=settings.ffn.hidden,
+        theta=settings.mixer.theta,
+        tied=settings.tied,
+        dropout=settings.dropout,
+    )
+
+
+def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
+    """The tokenizer; `captions` are read only if one is to be learned from them."""
+    match settings:
+        case schema.FileTokenizer(path=path):
+            return load_tokenizer(Path(path))
+        case schema.ClipTokenizer():
+            return clip_tokenizer()
+        case schema.BpeTokenizer(vocab=vocab):
+            return train_bpe(captions, vocab)
+        case _:
+            assert_never(settings)
+
+
+def shards(settings: schema.Data, spec: str | list[str]) -> Shards:
+    """An index over tar shards."""
+    return Shards(spec, settings.image, settings.caption, settings.id, settings.max_bad_fraction)
+
+
+def training_loader(
+    run: schema.Run, source: Shards, transform: ImageTransform, tokens: Tokenizer, image_tokens: int
+) -> Loader:
+    """Endless batches for training, augmented."""
+    data = run.data
+    return Loader(
+        source,
+        transform,
+        tokens,
+        run.train.batch_size,
+        max_tokens=data.max_tokens,
+        template=data.prompt if run.model.language is not None else None,
+        image_tokens=image_tokens,
+        captions_per_image=data.captions_per_image,
+        augment=None if data.augment is None else Augment(**data.augment.model_dump()),
+        seed=run.train.seed,
+        workers=data.workers,
+        cache_mb=data.cache_mb,
+    )
+
+
+def evaluation_loader(
+    run: schema.Run, source: Shards, transform: ImageTransform, tokens: Tokenizer, image_tokens: int = 0
+) -> Loader:
+    """Every sample once, as it is, with all its captions."""
+    return Loader(
+        source,
+        transform,
+        tokens,
+        run.train.batch_size,
+        max_tokens=run.data.max_tokens,
+        template=run.data.prompt if run.model.language is not None else None,
+        image_tokens=image_tokens,
+        captions_per_image=0,
+        shuffle=False,
+    )
+
+
+def precision(run: schema.Run, device: torch.device) -> torch.dtype:
+    """The dtype of products while training."""
+    if run.train.precision == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
+    return DTYPES[run.train.precision]

@@ -1,0 +1,186 @@
+"""Checkpoints: what was trained, as safetensors; written whole or not at all; frozen weights named and hashed, not stored.
+
+A run folder holds config.yaml, tokenizer.json, metrics.jsonl, step-0001000/ … and `latest`, the name of the newest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vlm.model.weights.files import differences, read
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Names of a model's tensors that a checkpoint holds, and those it leaves to their source."""
+
+    kept: list[str]
+    frozen: list[str]
+
+
+def divide(model: nn.Module, sourced: Collection[str]) -> Stored:
+    """`sourced`: parts whose weights a named file or run can give again; their frozen tensors are not stored."""
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name for name, _ in model.named_parameters()}
+    awake = {name.split(".")[0] for name in learning}
+    kept, frozen = [], []
+    for name in model.state_dict():
+        part = name.split(".")[0]
+        asleep = name not in learning if name in parameters else part not in awake
+        (frozen if part in sourced and asleep else kept).append(name)
+    return Stored(kept, frozen)
+
+
+def fingerprint(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
+    """SHA-256 over names and bytes, the same on every device."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    stored: Stored,
+    optimizer: Optimizer,
+    average: Mapping[str, Tensor] | None = None,
+    keep: int = 2,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes step-N beside the others and then moves `latest` to it; an interrupted or failed save changes nothing.
+
+    Errors: OSError when the disk is full or not writable.
+    """
+    final = run / f"step-{step:07d}"
+    draft = run / f".{final.name}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    weights = model.state_dict()
+    try:
+        draft.mkdir(parents=True)
+        _write(draft / "model.safetensors", {name: weights[name] for name in stored.kept})
+        _write(draft / "optimizer.safetensors", optimizer_tensors(model, optimizer))
+        if average is not None:
+            _write(draft / "average.safetensors", average)
+        frozen = {"tensors": len(stored.frozen), "sha256": fingerprint(weights, stored.frozen)}
+        state = {"step": step, "frozen": frozen, **(extra or {})}
+        (draft / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        for file in draft.iterdir():
+            _sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        draft.replace(final)
+        _point(run, final.name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(f"could not save step {step} in {run}: {error}; the checkpoints before it are whole") from None
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """All complete checkpoints, oldest first."""
+    return sorted(path for path in run.glob("step-*") if (path / "state.json").is_file())
+
+
+def latest(run: Path) -> Path:
+    """The newest complete checkpoint. Errors: a folder that is no run, or a run that has saved nothing yet."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is not the folder of a run: it has no config.yaml")
+    pointer = run / LATEST
+    named = run / pointer.read_text().strip() if pointer.is_file() else None
+    if named is not None and (named / "state.json").is_file():
+        return named
+    found = checkpoints(run)
+    if not found:
+        raise ValueError(f"{run} holds no checkpoint yet: let it train up to its first save")
+    return found[-1]
+
+
+def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], averaged: bool = True) -> int:
+    """Puts a checkpoint's weights (its average, if it has one and `averaged`) into the model; returns its step.
+
+    What the checkpoint leaves out must lie in a `sourced` part and be, by its hash, what it was trained with.
+    Errors: names or shapes that differ, all listed; other frozen weights.
+    """
+    state = read_state(checkpoint)
+    own = model.state_dict()
+    given = read(checkpoint / "model.safetensors")
+    if averaged and (checkpoint / "average.safetensors").is_file():
+        given |= read(checkpoint / "average.safetensors")
+    frozen = [name for name in own if name not in given and name.split(".")[0] in sourced]
+    problems = differences({name: tensor for name, tensor in own.items() if name not in frozen}, given)
+    if problems:
+        shown = "\n  ".join(problems[:12] + ([f"… and {len(problems) - 12} more"] if len(problems) > 12 else []))
+        raise ValueError(f"{checkpoint} does not fit the model of its config:\n  {shown}")
+    if state["frozen"]["sha256"] != fingerprint(own, frozen):
+        raise ValueError(
+            f"{checkpoint} was trained on other frozen weights than those found now: "
+            "look at model.vision.weights and model.init in its config.yaml"
+        )
+    model.load_state_dict(given, strict=False)
+    return int(state["step"])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The small facts of a checkpoint: step, hash of the frozen weights, and what the run added."""
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    return state
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's memory, named after the parameters it belongs to."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found[f"{name}/{key}"] = value
+    return found
+
+
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Gives an optimizer its memory back. Errors: memory of parameters that do not learn now."""
+    parameters = dict(model.named_parameters())
+    learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for key, value in read(checkpoint / "optimizer.safetensors").items():
+        name, part = key.rsplit("/", 1)
+        parameter = parameters.get(name)
+        if parameter is None or id(parameter) not in learning:
+            raise ValueError(f"{checkpoint} was trained with {name}, which does not learn now: compare train.params")
+        # The step counter stays where the fused optimizer wants it: with the parameter, in fp32.
+        optimizer.state[parameter][part] = value.to(parameter.device)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _point(run: Path, name: str) -> None:
+    draft = run / f".{LATEST}.tmp"
+    draft.write_text(name + "\n")
+    _sync(draft)
+    draft.replace(run / LATEST)
+    _sync(run)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

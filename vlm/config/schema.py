@@ -1,0 +1,306 @@
+"""The settings of a run: pure data, checked when read, free of torch.
+
+`Run` is the root. Choices are closed unions tagged by `kind`. What can be derived (widths, image sizes, token counts)
+is derived in `vlm.build` and has no setting.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+Part = Literal["vision", "connector", "text", "language", "contrast", "match"]
+
+
+class Section(BaseModel):
+    """Settings that belong together: no unknown name passes, nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+class VisionBase(Section):
+    """What every image encoder has."""
+
+    name: str = Field(description="model name of the library")
+    weights: str | None = Field(None, description="pretrained tag, file, or null for random")
+    layer: int = Field(-1, description="-1: normalised output; -2: output of the last block but one (LLaVA)")
+    class_token: Literal["keep", "drop"] = "keep"
+    image_size: Positive | None = Field(None, description="pixels; the model's own unless given")
+    frozen: bool = True
+    dtype: Dtype | None = Field(None, description="dtype of a frozen encoder's weights and arithmetic")
+
+
+class OpenClipVision(VisionBase):
+    """The image tower of an open_clip model."""
+
+    kind: Literal["open_clip"]
+
+
+class TimmVision(VisionBase):
+    """A timm model without its classifier."""
+
+    kind: Literal["timm"]
+    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
+
+
+Vision = Annotated[OpenClipVision | TimmVision, Field(discriminator="kind")]
+
+
+class LinearConnector(Section):
+    """One linear layer (LLaVA)."""
+
+    kind: Literal["linear"]
+
+
+class MlpConnector(Section):
+    """Linear layers with GELU between them (LLaVA-1.5: depth 2)."""
+
+    kind: Literal["mlp"]
+    depth: Positive = 2
+    hidden: Positive | None = Field(None, description="width between; the language model's unless given")
+
+
+class PoolConnector(Section):
+    """One vector per image: the mean of its tokens, or its first token (CLIP)."""
+
+    kind: Literal["mean", "first"]
+
+
+class QFormerConnector(Section):
+    """Learned queries with cross-attention to the image (BLIP-2)."""
+
+    kind: Literal["qformer"]
+    queries: Positive = 32
+    dim: Positive = 768
+    layers: Positive = 12
+    heads: Positive = 12
+    hidden: Positive | None = Field(None, description="width inside the FFN; 4 dim unless given")
+    cross_every: Positive = Field(2, description="cross-attention in every k-th block")
+    text: bool = Field(True, description="text branch: stage 1 needs it, stage 2 does not")
+    dropout: Fraction = 0.1
+
+
+Connector = Annotated[LinearConnector | MlpConnector | PoolConnector | QFormerConnector, Field(discriminator="kind")]
+
+
+class TextTower(Section):
+    """CLIP's text encoder."""
+
+    dim: Positive = 512
+    layers: Positive = 12
+    heads: Positive = 8
+    hidden: Positive | None = None
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    dropout: Fraction = 0.0
+
+
+class AttentionMixer(Section):
+    """Softmax attention; fewer key/value heads than heads make it grouped."""
+
+    kind: Literal["attention"] = "attention"
+    kv_heads: Positive | None = None
+    theta: float = Field(10_000.0, gt=0, description="base of the rotary wavelengths")
+
+
+class GatedMlpFfn(Section):
+    """SwiGLU."""
+
+    kind: Literal["gated_mlp"] = "gated_mlp"
+    hidden: Positive | None = Field(None, description="8/3 dim unless given")
+
+
+class TransformerLanguage(Section):
+    """A Llama-like decoder."""
+
+    kind: Literal["transformer"]
+    dim: Positive = 512
+    layers: Positive = 8
+    heads: Positive = 8
+    mixer: AttentionMixer = AttentionMixer()
+    ffn: GatedMlpFfn = GatedMlpFfn()
+    tied: bool = True
+    dropout: Fraction = 0.0
+
+
+class Model(Section):
+    """The parts of a vision-language model."""
+
+    vision: Vision
+    connector: Connector
+    text: TextTower | None = None
+    language: TransformerLanguage | None = None
+    embed_dim: Positive = Field(256, description="width of the contrastive space")
+    temperature: float = Field(0.07, gt=0, description="where the learned temperature starts")
+    init: dict[Part, str] = Field(
+        default_factory=dict, description="parts whose weights come from another run's folder"
+    )
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+class FileTokenizer(Section):
+    """Any tokenizer.json."""
+
+    kind: Literal["file"]
+    path: str
+
+
+class ClipTokenizer(Section):
+    """CLIP's byte-pair encoding, as open_clip ships it."""
+
+    kind: Literal["clip"]
+
+
+class BpeTokenizer(Section):
+    """A byte-pair encoding learned from the training captions."""
+
+    kind: Literal["bpe"]
+    vocab: Positive = 2000
+
+
+Tokenizer = Annotated[FileTokenizer | ClipTokenizer | BpeTokenizer, Field(discriminator="kind")]
+
+
+class Augment(Section):
+    """Random changes of a training picture; every field is a strength, 0 is off."""
+
+    scale: tuple[float, float] = Field((1.0, 1.0), description="area cut out; above 1 the picture shrinks onto white")
+    ratio: float = Field(0.0, ge=0, description="proportions of the cut, up to 1 + this")
+    flip: bool = Field(False, description="off by default: captions may say left and right")
+    rotate: float = Field(0.0, ge=0, description="degrees, either way")
+    shift: float = Field(0.0, ge=0, description="share of the side, either way")
+    brightness: float = Field(0.0, ge=0, description="factor 1 ± this; so are contrast and saturation")
+    contrast: float = Field(0.0, ge=0)
+    saturation: float = Field(0.0, ge=0)
+    hue: float = Field(0.0, ge=0, le=0.5, description="turns, either way")
+    mix: float = Field(0.0, ge=0, description="how much the colour channels leak into each other")
+    grey: Fraction = Field(0.0, description="probability; so are invert and erase")
+    invert: Fraction = 0.0
+    erase: Fraction = 0.0
+    erase_area: tuple[Fraction, Fraction] = Field((0.02, 0.2), description="of the picture, in one random colour")
+
+
+class Data(Section):
+    """Where samples come from and what is made of them."""
+
+    train: str | list[str] = Field(description="shards: a folder, a glob, braces {000..009}, or a list of these")
+    val: str | list[str] | None = None
+    image: str = Field("jpg;png;jpeg;webp", description="suffixes of the image, first found wins")
+    caption: str = Field("txt;json:caption", description="txt (one caption a line) or json:FIELD, first found wins")
+    id: str | None = Field(
+        None, description="json field that says which samples show the same thing; the key unless given"
+    )
+    prompt: str = Field("{image}{text}", description="how image and caption stand in the language model's text")
+    max_tokens: Positive = Field(32, description="longest text; captions are cut, image tokens never")
+    captions_per_image: Positive = Field(1, description="drawn anew for each sample of a batch")
+    augment: Augment | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images")
+    max_bad_fraction: Fraction = Field(0.05, description="stop when more of the samples than this are unusable")
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+class ItcLoss(Section):
+    """Image-text contrastive."""
+
+    kind: Literal["itc"]
+    weight: float = Field(1.0, gt=0)
+    label_smoothing: Fraction = 0.0
+
+
+class ItmLoss(Section):
+    """Image-text matching with hard negatives."""
+
+    kind: Literal["itm"]
+    weight: float = Field(1.0, gt=0)
+
+
+class LmLoss(Section):
+    """Language modelling of the caption."""
+
+    kind: Literal["lm"]
+    weight: float = Field(1.0, gt=0)
+    label_smoothing: Fraction = 0.0
+
+
+Loss = Annotated[ItcLoss | ItmLoss | LmLoss, Field(discriminator="kind")]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Group(Section):
+    """Parameters by name; the first pattern that matches a parameter decides."""
+
+    match: str = Field(description="regular expression on the whole name")
+    lr: float | None = Field(description="peak learning rate; null freezes")
+    weight_decay: float | None = Field(None, ge=0, description="train.weight_decay unless given")
+
+
+class Train(Section):
+    """How the weights are learned."""
+
+    steps: Positive
+    batch_size: Positive = Field(description="samples of one forward pass")
+    accumulate: Positive = Field(1, description="forward passes per step")
+    params: list[Group] = Field([Group(match=".*", lr=1e-4)], description="who learns, and how fast", min_length=1)
+    weight_decay: float = Field(0.05, ge=0, description="on matrices; never on biases, norms and single vectors")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
+    final_lr: Fraction = Field(0.0, description="the cosine's end, as a fraction of the peak")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, used from then on")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is faster")
+    seed: int = 0
+    log_every: Positive = 20
+    eval_every: Positive | None = None
+    save_every: Positive | None = Field(None, description="only at the end unless given")
+    keep: Positive = Field(2, description="checkpoints to keep")
+    report_to: list[Literal["tensorboard"]] = Field(default_factory=list)
+
+
+class Run(Section):
+    """Everything that decides what a run does."""
+
+    model: Model
+    tokenizer: Tokenizer
+    data: Data
+    losses: list[Loss] = Field(min_length=1)
+    train: Train
+
+    @model_validator(mode="after")
+    def _parts_fit_losses(self) -> "Run":
+        problems = list(_misfits(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _misfits(run: Run) -> "list[str]":
+    model, kinds = run.model, [loss.kind for loss in run.losses]
+    qformer = model.connector if isinstance(model.connector, QFormerConnector) else None
+    reads = qformer is not None and qformer.text
+    problems = [f"losses: {kind} stands there twice" for kind in sorted(set(kinds)) if kinds.count(kind) > 1]
+    if "itc" in kinds and model.text is None and not reads:
+        problems.append("losses: itc needs model.text, or model.connector.kind=qformer with text=true")
+    if "itm" in kinds and not reads:
+        problems.append("losses: itm needs model.connector.kind=qformer with text=true")
+    if "itm" in kinds and "itc" not in kinds:
+        problems.append("losses: itm draws its hard negatives by itc, which is not among the losses")
+    if "lm" in kinds and model.language is None and not reads:
+        problems.append("losses: lm needs model.language, or model.connector.kind=qformer with text=true")
+    if model.language is not None and isinstance(model.connector, PoolConnector):
+        problems.append("model.connector: a pooled image is for itc; a language model reads linear, mlp or qformer")
+    if run.train.warmup >= run.train.steps:
+        problems.append(f"train.warmup: {run.train.warmup} is not below train.steps={run.train.steps}")
+    if model.vision.dtype is not None and not model.vision.frozen:
+        problems.append("model.vision.dtype: only for a frozen encoder; a trained one follows train.precision")
+    return problems

@@ -1,0 +1,126 @@
+"""Samples to one batch: pixels, padded texts, and which text describes which image.
+
+Letters: B images, M texts, T tokens, H height, W width.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vlm.data.shards import Sample
+from vlm.data.text import Encoded, Tokenizer, encode_caption, encode_prompt
+from vlm.nn.tokens import IGNORE
+
+
+@dataclass(frozen=True)
+class Text:
+    """Padded token ids: `valid` is False on padding, `labels` is IGNORE where nothing is supervised."""
+
+    ids: Int[Tensor, "M T"]
+    valid: Bool[Tensor, "M T"]
+    labels: Int[Tensor, "M T"]
+
+    def to(self, device: torch.device | str) -> "Text":
+        """The same on another device."""
+        ids, valid, labels = (part.to(device, non_blocking=True) for part in (self.ids, self.valid, self.labels))
+        return Text(ids, valid, labels)
+
+    def select(self, index: Int[Tensor, "R"]) -> "Text":
+        """Rows picked by index, with repeats."""
+        return Text(self.ids[index], self.valid[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images with M texts drawn from them; a text is positive for all images it describes, not only for its owner."""
+
+    keys: list[str]  # B
+    images: Tensor  # B 3 H W: uint8 from `collate`, float (normalised) from the loader
+    image_ids: list[str]  # B: samples of equal id show the same thing
+    owner: Int[Tensor, "M"]  # the image each text was drawn from
+    strings: list[str]  # M
+    captions: Text
+    prompts: Text | None
+    positive: Bool[Tensor, "B M"]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            owner=self.owner.to(device, non_blocking=True),
+            captions=self.captions.to(device),
+            prompts=None if self.prompts is None else self.prompts.to(device),
+            positive=self.positive.to(device, non_blocking=True),
+        )
+
+
+def pad(encoded: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "right") -> Text:
+    """Texts of different length as one rectangle, filled up on `side` (left: for generation)."""
+    lengths = np.array([len(text.ids) for text in encoded], dtype=np.int64)
+    width = int(lengths.max(initial=0))
+    place, gaps = np.arange(width), (width - lengths)[:, None]
+    valid = place < lengths[:, None] if side == "right" else place >= gaps
+
+    def rows(parts: Iterable[list[int]], fill: int) -> Int[Tensor, "M T"]:
+        filled = np.full(valid.shape, fill, dtype=np.int64)
+        filled[valid] = np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum()))
+        return torch.from_numpy(filled)
+
+    ids, labels = rows((text.ids for text in encoded), pad_id), rows((text.labels for text in encoded), IGNORE)
+    return Text(ids, torch.from_numpy(valid), labels)
+
+
+def collate(
+    samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens: int, template: str | None, image_tokens: int
+) -> Batch:
+    """One batch of all captions of the samples; prompts only with a `template`. Images must be of one size.
+
+    ValueError when no token is supervised: such a batch would train nothing and its mean loss is 0 / 0.
+    """
+    strings = [caption for sample in samples for caption in sample.captions]
+    owner = [index for index, sample in enumerate(samples) for _ in sample.captions]
+    captions = pad([encode_caption(tokenizer, text, max_tokens) for text in strings], tokenizer.pad)
+    prompts = None
+    if template is not None:
+        filled = [encode_prompt(tokenizer, template, text, image_tokens, max_tokens) for text in strings]
+        prompts = pad(filled, tokenizer.pad)
+    if not (captions.labels != IGNORE).any():
+        raise ValueError(
+            f"no caption in a batch of {len(samples)} samples: nothing to learn; set captions_per_image >= 1"
+        )
+    return Batch(
+        keys=[sample.key for sample in samples],
+        images=torch.stack([sample.pixels for sample in samples]),
+        image_ids=[sample.id for sample in samples],
+        owner=torch.tensor(owner),
+        strings=strings,
+        captions=captions,
+        prompts=prompts,
+        positive=_positive(samples, owner, strings),
+    )
+
+
+def _positive(samples: Sequence[Sample], owner: list[int], strings: list[str]) -> Bool[Tensor, "B M"]:
+    numbers: dict[str, int] = {}
+    ids = torch.tensor([numbers.setdefault(sample.id, len(numbers)) for sample in samples])
+    positive = ids[:, None] == ids[torch.tensor(owner)]
+    columns: dict[str, list[int]] = defaultdict(list)
+    for column, text in enumerate(strings):
+        columns[text].append(column)
+    pairs = [
+        (row, column)
+        for row, sample in enumerate(samples)
+        for text in sample.known.union(sample.captions)
+        for column in columns.get(text, ())
+    ]
+    rows, hits = torch.tensor(pairs).unbind(1)
+    positive[rows, hits] = True
+    return positive

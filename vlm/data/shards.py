@@ -1,0 +1,374 @@
+"""Tar shards of pictures with captions: an index for random access, one sample at a time, nothing written to disk."""
+
+import difflib
+import glob
+import json
+import os
+import re
+import tarfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from braceexpand import braceexpand
+from jaxtyping import UInt8
+from torch import Tensor
+
+from vlm.data.image import BadSample
+
+MAX_BYTES = 2**28  # of one member; a larger one is damage or no picture
+MAX_CHARACTERS = 10_000  # of one caption; the rest could never be used
+MIN_SEEN = 100  # samples before the share of bad ones means something
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and the captions drawn for it; `known` holds every caption of the record."""
+
+    key: str
+    id: str
+    pixels: UInt8[Tensor, "3 H W"]
+    captions: list[str]
+    known: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as stored: undecoded picture, all captions, the fields of its json (empty without one)."""
+
+    key: str
+    id: str
+    image: bytes
+    captions: list[str]
+    fields: dict[str, Any]
+
+
+def expand(spec: str | Sequence[str]) -> list[Path]:
+    """Files of a pattern, or of several: braces {000..003}, globs, a folder (its .tar files), plain paths.
+
+    Order: as written, sorted within a glob or folder; a file named twice counts once. ValueError when nothing matches.
+    """
+    patterns = [spec] if isinstance(spec, str) else list(spec)
+    files = [file for pattern in patterns for file in _expand_one(pattern)]
+    if not files:
+        raise ValueError(
+            "no shards given: name a tar file, a pattern such as train-{000..009}.tar, or a folder of tars"
+        )
+    return list(dict.fromkeys(files))
+
+
+def _expand_one(pattern: str) -> list[Path]:
+    if pattern.startswith("pipe:") or re.match(r"[A-Za-z][\w+.-]+://", pattern):
+        raise ValueError(
+            f"shards {pattern!r}: only local files are read, no commands or addresses; download them first"
+        )
+    files: list[Path] = []
+    for name in [pattern] if os.path.exists(pattern) else braceexpand(os.path.expanduser(pattern)):
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(path.glob("*.tar"))
+        else:
+            found = [path] if path.exists() else sorted(Path(hit) for hit in glob.glob(name, recursive=True))
+        if not found:
+            raise ValueError(f"shards {pattern!r}: {_nearest(path)}")
+        files += found
+    return files
+
+
+def _nearest(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(entry.name for entry in folder.iterdir())
+    tars = [name for name in names if name.endswith(".tar")]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or tars[:3] or names[:3]
+    missing = f"no .tar file in {folder}" if path.is_dir() else f"no file matches {path}"
+    return f"{missing}; {'that folder holds ' + ', '.join(near) if near else 'that folder is empty'}"
+
+
+def _parse_caption(spec: str) -> list[tuple[str, str | None]]:
+    """ "txt;json:caption" -> [("txt", None), ("json", "caption")]."""
+    found = []
+    for part in spec.split(";"):
+        suffix, colon, name = part.strip().partition(":")
+        if not suffix or (colon and not name) or (suffix == "json" and not name):
+            raise ValueError(f"caption={spec!r}: write txt, json:FIELD, or several separated by ';'")
+        found.append((suffix.lower(), name or None))
+    return found
+
+
+class _Table:
+    """The index while it is read: flat arrays, since one object per member would take ten times the memory."""
+
+    def __init__(self, columns: dict[str, int]) -> None:
+        """`columns`: the suffixes that are kept."""
+        self.columns = columns
+        self.places = array("q")  # per sample: offset and size of each column's member; offset -1: absent
+        self.shards = array("i")
+        self.keys, self.ends, self.hashes = bytearray(), array("q"), array("q")
+
+    def add(self, shard: int, key: str, members: dict[str, tuple[int, int]]) -> None:
+        """One more sample."""
+        for suffix in self.columns:
+            self.places.extend(members.get(suffix, (-1, 0)))
+        self.shards.append(shard)
+        self.keys += key.encode()
+        self.ends.append(len(self.keys))
+        self.hashes.append(hash(key))
+
+
+class Shards:
+    """Random access to the samples of tar shards.
+
+    `image`: suffixes, `caption`: "txt" (one caption a line) or "json:FIELD" (a string or a list), first found wins.
+    `id_field`: json field that says which samples show the same thing; the key without one.
+    A shard that is truncated, damaged or repeats a key is refused (ValueError). Incomplete samples are counted in
+    `bad`; more than `max_bad_fraction` of them, or none usable, is refused too.
+    """
+
+    def __init__(
+        self,
+        spec: str | Sequence[str],
+        image: str = "jpg;png;jpeg;webp",
+        caption: str = "txt;json:caption",
+        id_field: str | None = None,
+        max_bad_fraction: float = 0.05,
+    ) -> None:
+        """Read the index of every shard (headers only)."""
+        self.files = expand(spec)
+        self.bad: Counter[str] = Counter()
+        self.max_bad_fraction = max_bad_fraction
+        self._images = [suffix.strip().lower() for suffix in image.split(";")]
+        self._captions = _parse_caption(caption)
+        self._id_field = id_field
+        suffixes = [*self._images, *(suffix for suffix, _ in self._captions), "json"]
+        self._columns = {suffix: i for i, suffix in enumerate(dict.fromkeys(suffixes))}
+        table, seen = _Table(self._columns), Counter[str]()
+        self._stamps = [self._index(number, table, seen) for number in range(len(self.files))]
+        self._shard = np.array(table.shards, dtype=np.int32)
+        self._place = np.array(table.places, dtype=np.int64).reshape(-1, len(self._columns), 2)
+        self._keys, self._ends = bytes(table.keys), np.array(table.ends, dtype=np.int64)
+        self._refuse_repeats(np.array(table.hashes, dtype=np.int64))
+        self._refuse_unusable(seen)
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def key(self, index: int) -> str:
+        """Name of the sample: its members' common name, folders included."""
+        start = int(self._ends[index - 1]) if index else 0
+        return self._keys[start : int(self._ends[index])].decode()
+
+    def where(self, index: int) -> str:
+        """Shard and key, for messages."""
+        return f"{self.files[self._shard[index]]}: {self.key(index)}"
+
+    def raw(self, index: int) -> RawSample:
+        """Read one sample. BadSample when its captions cannot be used; ValueError when the shard has changed."""
+        wanted = next(suffix for suffix in self._images if self._place[index, self._columns[suffix], 0] >= 0)
+        data = self._read(index, [wanted])
+        fields = _fields(data["json"]) if "json" in data else {}
+        return RawSample(self.key(index), self._id(index, fields), data[wanted], self._texts(data, fields), fields)
+
+    def captions(self) -> Iterator[str]:
+        """All captions of all usable samples, in order; pictures are not read."""
+        for index in range(len(self)):
+            try:
+                data = self._read(index, [])
+                yield from self._texts(data, _fields(data["json"]) if "json" in data else {})
+            except BadSample:
+                continue
+
+    def _read(self, index: int, images: list[str]) -> dict[str, bytes]:
+        """Members with captions, json, and the images named, by suffix."""
+        number = int(self._shard[index])
+        file = self.files[number]
+        wanted = dict.fromkeys([*images, *(suffix for suffix, _ in self._captions), "json"])
+        with file.open("rb") as handle:
+            stat = os.fstat(handle.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != self._stamps[number]:
+                raise ValueError(f"{file}: changed since it was indexed; start again, and leave shards alone meanwhile")
+            data = {}
+            for suffix in wanted:
+                offset, size = self._place[index, self._columns[suffix]].tolist()
+                if size > MAX_BYTES:
+                    raise BadSample("member too large", f"{suffix}: {size} bytes, at most {MAX_BYTES}")
+                if offset >= 0:
+                    handle.seek(offset)
+                    data[suffix] = handle.read(size)
+        return data
+
+    def _texts(self, data: dict[str, bytes], fields: dict[str, Any]) -> list[str]:
+        for suffix, name in self._captions:
+            if suffix not in data:
+                continue
+            if name is None:
+                found: Any = _utf8(data[suffix]).split("\n")
+            else:
+                found = (fields if suffix == "json" else _fields(data[suffix])).get(name)
+            if found is not None:
+                return _clean([found] if isinstance(found, str) else found)
+        raise BadSample("no caption", f"looked for {self._caption_spec()}")
+
+    def _id(self, index: int, fields: dict[str, Any]) -> str:
+        if self._id_field is None:
+            return self.key(index)
+        if fields.get(self._id_field) is None:
+            raise BadSample("no id", f"its json has no field {self._id_field!r}")
+        return str(fields[self._id_field])
+
+    def _index(self, number: int, table: _Table, seen: Counter[str]) -> tuple[int, int]:
+        """Add one shard to the table; returns its size and time of change."""
+        file = self.files[number]
+        stat = file.stat()
+        finished: set[str] = set()
+        key, members = "", dict[str, tuple[int, int]]()
+        for name, offset, size in _members(file):
+            stem, _, suffix = name.rpartition("/")[2].partition(".")
+            if not stem or not suffix:
+                continue  # no sample by webdataset's rule: README, hidden files
+            suffix, own = suffix.lower(), name[: len(name) - len(suffix) - 1]
+            if own != key:
+                self._finish(number, key, members, table)
+                finished.add(key)
+                key, members = own, {}
+            if own in finished or suffix in members:
+                raise ValueError(
+                    f"{file}: {name!r} at byte {offset} comes twice or apart from its sample; write it anew"
+                )
+            members[suffix] = offset, size
+            seen[suffix] += 1
+        self._finish(number, key, members, table)
+        return stat.st_size, stat.st_mtime_ns
+
+    def _finish(self, number: int, key: str, members: dict[str, tuple[int, int]], table: _Table) -> None:
+        if not members:
+            return
+        if not any(suffix in members for suffix in self._images):
+            self.bad["no image"] += 1
+        elif not any(suffix in members for suffix, _ in self._captions):
+            self.bad["no caption"] += 1
+        elif not key.isascii() and key != key.encode("utf-8", "replace").decode():
+            self.bad["name is not UTF-8"] += 1
+        else:
+            table.add(number, key, members)
+
+    def _refuse_repeats(self, hashes: npt.NDArray[np.int64]) -> None:
+        order = np.argsort(hashes, kind="stable")
+        for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
+            first, second = int(order[place]), int(order[place + 1])
+            if self.key(first) == self.key(second):
+                raise ValueError(
+                    f"key {self.key(first)!r} is in {self.files[self._shard[first]]} and again in "
+                    f"{self.files[self._shard[second]]}: each sample needs its own; rename, or name the shard once"
+                )
+
+    def _refuse_unusable(self, seen: Counter[str]) -> None:
+        names = f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+        wanted = f"image={';'.join(self._images)!r}, caption={self._caption_spec()!r}"
+        if not len(self):
+            found = ", ".join(f"{suffix} ({count})" for suffix, count in seen.most_common(12)) or "no members at all"
+            raise ValueError(
+                f"{names}: no sample has both picture and caption. Wanted {wanted}; suffixes found: {found}"
+            )
+        check_bad(self.bad, len(self) + self.bad.total(), self.max_bad_fraction, names)
+        # A misspelt json field shows only inside the samples: a few spread ones tell it before training starts.
+        trials = np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int).tolist()
+        reasons = Counter(reason for index in trials if (reason := self._trial(index)))
+        if reasons.total() == len(trials):
+            raise ValueError(f"{names}: none of {len(trials)} samples tried is usable: {reasons.most_common(1)[0][0]}")
+
+    def _trial(self, index: int) -> str:
+        """Why the sample cannot be used, with the fields of its json; empty when it can."""
+        try:
+            self.raw(index)
+        except BadSample as bad:
+            try:
+                names = sorted(_fields(self._read(index, [])["json"]))
+            except (BadSample, KeyError):
+                return str(bad)
+            return f"{bad}; fields of its json: {', '.join(names)}"
+        return ""
+
+    def _caption_spec(self) -> str:
+        return ";".join(suffix if name is None else f"{suffix}:{name}" for suffix, name in self._captions)
+
+
+def check_bad(bad: Counter[str], seen: int, limit: float, where: str) -> None:
+    """ValueError when more than `limit` of at least MIN_SEEN samples were bad."""
+    if seen >= MIN_SEEN and bad.total() > limit * seen:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in bad.most_common())
+        raise ValueError(
+            f"{where}: {bad.total()} of {seen} samples are unusable ({counts}), more than max_bad_fraction={limit}; "
+            "repair the shards, or raise max_bad_fraction"
+        )
+
+
+def _members(file: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each regular file in a tar; links, devices and folders are passed over.
+
+    ValueError when the tar is cut off or damaged anywhere outside its files' contents.
+    """
+    end = 0
+    try:
+        with tarfile.open(file, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                end = tar.offset
+                if member.isreg() and not member.issparse():
+                    yield member.name, member.offset_data, member.size
+            end = tar.offset
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise ValueError(f"{file}: {_damage(file, end)} ({error})") from None
+    # tarfile takes a damaged header for the end of the archive; the real end is marked by two blocks of zeros.
+    with file.open("rb") as handle:
+        handle.seek(end)
+        mark = handle.read(2 * _BLOCK)
+    if mark != bytes(2 * _BLOCK):
+        raise ValueError(f"{file}: {_damage(file, end)}")
+
+
+def _damage(file: Path, end: int) -> str:
+    with file.open("rb") as handle:
+        start = handle.read(4)
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
+        return "is compressed, which allows no random access; unpack it to a plain .tar"
+    if not end:
+        return "is not a tar file, or its very beginning is damaged; fetch or write it anew"
+    return f"is cut off or damaged at or after byte {end} of {file.stat().st_size}; fetch or write it anew"
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("not UTF-8", str(error)) from None
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(_utf8(data))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("unreadable json", str(error)) from None
+    if not isinstance(fields, dict):
+        raise BadSample("unreadable json", "no object with fields")
+    return fields
+
+
+def _clean(captions: Any) -> list[str]:
+    """Captions with white space and control characters folded to single spaces, half surrogate pairs replaced."""
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise BadSample("caption is not text", repr(captions)[:80])
+    whole = (text[:MAX_CHARACTERS].encode("utf-8", "replace").decode() for text in captions)
+    folded = (" ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split()) for text in whole)
+    if kept := [text for text in folded if text]:
+        return kept
+    raise BadSample("empty caption")

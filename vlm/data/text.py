@@ -1,0 +1,290 @@
+"""Tokenizers (any tokenizer.json, CLIP's, a small one trained on captions) and the labels of captions and prompts."""
+
+import gzip
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from vlm.nn.tokens import IGNORE, IMAGE_ID
+
+# Tried in this order; "<|endoftext|>" before "<|im_start|>", because base models of that family start with the former.
+_BOS = ("<bos>", "<s>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<start_of_text>", "<|endoftext|>")
+_EOS = ("<eos>", "</s>", "[SEP]", "<|end_of_text|>", "<end_of_text>", "<|endoftext|>", "<|im_end|>")
+_PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+_DEC = ("<dec>", "[DEC]")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with its control ids. No text, whatever it holds, is encoded as a control token."""
+
+    inner: tokenizers.Tokenizer
+    bos: int
+    eos: int
+    pad: int
+    dec: int  # start of grounded generation, = bos where the vocabulary has none of its own
+
+    def __post_init__(self) -> None:
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        self.inner.encode_special_tokens = True  # "</s>" in a text is text; pickling loses this setting
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Any, ...]]:
+        return Tokenizer, (self.inner, self.bos, self.eos, self.pad, self.dec)  # made anew: see `encode_special_tokens`
+
+    @cached_property
+    def size(self) -> int:
+        """Rows an embedding needs: the largest id + 1."""
+        return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def _control(self) -> frozenset[int]:
+        special = {i for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
+        unknown = getattr(self.inner.model, "unk_token", None)
+        for name in [unknown] if unknown else ["<unk>", "[UNK]"]:
+            special.discard(self.inner.token_to_id(name))
+        return frozenset(special | {self.bos, self.eos, self.pad, self.dec})
+
+    @cached_property
+    def own_space(self) -> bool:
+        """True when the tokenizer itself puts a space before the first word, so that the caller must not."""
+        ids = self.encode("a")
+        return bool(ids) and (self.inner.id_to_token(ids[0]) or "").startswith(("Ġ", "▁"))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no start, no end, and "</s>" in it is spelt out."""
+        return list(self._remembered(text))
+
+    @cached_property
+    def _remembered(self) -> "Callable[[str], tuple[int, ...]]":
+        return lru_cache(maxsize=2**15)(self._encode)  # captions come again in every epoch
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        clean = text if text.isascii() else text.encode("utf-8", "replace").decode()  # lone surrogates
+        ids = self.inner.encode(clean, add_special_tokens=False).ids
+        # Unigram and word-level vocabularies can still match the spelling of a control token: such ids are dropped.
+        return tuple(i for i in ids if i not in self._control)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control tokens, image placeholders and IGNORE are skipped, nothing ends it early."""
+        kept = [i for i in map(int, ids) if i >= 0 and i not in self._control]
+        # The library aborts where a decoder strips what is already empty.
+        return self.inner.decode(kept, skip_special_tokens=False) if kept else ""
+
+    def save(self, path: Path) -> None:
+        """Write the file `path` (a tokenizer.json), from which `load_tokenizer` gives an equal tokenizer."""
+        copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        bos, eos, pad = (str(self.inner.id_to_token(i)) for i in (self.bos, self.eos, self.pad))
+        # The template and the padding are the places where this format itself says which tokens are control tokens.
+        tokens = list(dict.fromkeys([(bos, self.bos), (eos, self.eos)]))
+        copy.post_processor = processors.TemplateProcessing(single=[bos, "$A", eos], special_tokens=tokens)
+        copy.enable_padding(pad_id=self.pad, pad_token=pad)
+        copy.save(str(path))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json, or the folder that holds one.
+
+    The control tokens are taken from (first found) a tokenizer_config.json beside it, the template and the padding
+    inside it, and the usual names. Without a pad token eos serves, since padding is never supervised.
+    ValueError when the file is no tokenizer or has no start or end token.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        inner = tokenizers.Tokenizer.from_str(text)
+        declared = _declared_inside(json.loads(text)) | _declared_beside(file.with_name("tokenizer_config.json"))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}; give a tokenizer.json or the folder that holds one") from None
+    except Exception as error:  # the library raises bare Exception for whatever is wrong inside the file
+        raise ValueError(f"{file}: not a readable tokenizer.json ({error})") from None
+
+    def find(role: str, names: Iterable[str]) -> int | None:
+        candidates = [declared[role], *names] if role in declared else names
+        return next((i for name in candidates if (i := inner.token_to_id(name)) is not None), None)
+
+    bos, eos, pad, dec = find("bos", _BOS), find("eos", _EOS), find("pad", _PAD), find("dec", _DEC)
+    if bos is None or eos is None:
+        word, names = ("bos", _BOS) if bos is None else ("eos", _EOS)
+        remedy = f'put a tokenizer_config.json with "{word}_token" beside it'
+        raise ValueError(f"{file}: no {word} token (none of {', '.join(names)}); {remedy}")
+    return Tokenizer(inner, bos, eos, eos if pad is None else pad, bos if dec is None else dec)
+
+
+def _declared_beside(file: Path) -> dict[str, str]:
+    if not file.exists():
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    found = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    names = {role: token["content"] if isinstance(token, dict) else token for role, token in found.items()}
+    return {role: name for role, name in names.items() if isinstance(name, str)}
+
+
+def _declared_inside(spec: dict[str, Any]) -> dict[str, str]:
+    declared = {"pad": spec["padding"]["pad_token"]} if spec.get("padding") else {}
+    processor = spec.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") != "TemplateProcessing":
+            continue
+        names = [piece.get("SpecialToken", {}).get("id") for piece in part["single"]]  # None where the text goes
+        if names and names[0]:
+            declared["bos"] = names[0]
+        if names and names[-1]:
+            declared["eos"] = names[-1]
+    return declared
+
+
+def _specials(*names: str) -> list[AddedToken]:
+    return [AddedToken(name, special=True, normalized=False) for name in names]
+
+
+def train_bpe(captions: Iterable[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab` entries (case kept, any text encodes); same captions, same tokenizer."""
+    names = ["<pad>", "<bos>", "<eos>", "<dec>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab < len(names) + len(alphabet):
+        raise ValueError(f"vocab={vocab}: a byte-level vocabulary needs at least {len(names) + len(alphabet)}")
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.normalizer = normalizers.NFC()
+    # A space before the first word too, so that a word has one id wherever it stands.
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        min_frequency=2,
+        special_tokens=_specials(*names),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    inner.train_from_iterator(captions, trainer)
+    pad, bos, eos, dec = (inner.token_to_id(name) for name in names)
+    assert (pad, bos, eos, dec) == (0, 1, 2, 3)
+    return Tokenizer(inner, bos=1, eos=2, pad=0, dec=3)
+
+
+def clip_tokenizer() -> Tokenizer:
+    """CLIP's lower-cased BPE of 49,408 entries (Radford et al. 2021), from the merges inside the open_clip package.
+
+    Ids equal open_clip's for ordinary text. What differs: no ftfy repair of garbled encodings, full-width letters or
+    terminal codes; only the commonest HTML entities; a final Greek sigma lower-cases to σ; "<end_of_text>" in a caption
+    is spelt out; and padding is <end_of_text> (open_clip: 0, which is also "!").
+    ValueError when open_clip is not installed.
+    """
+    spec = importlib.util.find_spec("open_clip")  # finds the folder without importing the package (and torch)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("CLIP's vocabulary is in the open_clip package, which is missing: pip install open_clip_torch")
+    file = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    letters = _byte_letters()
+    words = letters + [letter + "</w>" for letter in letters] + [left + right for left, right in merges]
+    inner = tokenizers.Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, merges, end_of_word_suffix="</w>")
+    )
+    inner.add_special_tokens(_specials("<start_of_text>", "<end_of_text>"))
+    inner.normalizer = _clip_normalizer()
+    pattern = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "removed", invert=True), byte_level])
+    spaces = decoders.Replace("</w>", "Ġ")  # "Ġ" is the space in the byte-level alphabet
+    inner.decoder = decoders.Sequence([spaces, decoders.ByteLevel(), decoders.Strip(" ", 0, 1)])
+    bos, eos = len(words), len(words) + 1
+    return Tokenizer(inner, bos=bos, eos=eos, pad=eos, dec=bos)
+
+
+def _byte_letters() -> list[str]:
+    """The 256 characters that stand for bytes, in CLIP's order: printable bytes as themselves, then the others."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(i) for i in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def _clip_normalizer() -> normalizers.Normalizer:
+    entities: dict[str | Regex, str] = {
+        "&amp;": "&",
+        "&lt;": "<",
+        "&gt;": ">",
+        "&quot;": '"',
+        "&#39;": "'",
+        "&nbsp;": " ",
+    }
+    ligatures: dict[str | Regex, str] = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st"}
+    control = r"[\x00-\x08\x0b\x0e-\x1f\x7f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffc}]"
+    folded: dict[str | Regex, str] = {
+        **entities,
+        **ligatures,
+        Regex(control): "",
+        Regex("[\u02bc\u2018-\u201b]"): "'",
+        Regex("[\u201c-\u201f]"): '"',
+    }
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(old, new) for old, new in folded.items()]
+    steps += [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+    return normalizers.Sequence(steps)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids with their labels (equal length): the label of a supervised token is its own id, of the others IGNORE."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_caption(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Encoded:
+    """bos, caption, eos; all but bos supervised. Too long a caption loses its last words, never eos."""
+    if max_tokens < 3:
+        raise ValueError(f"max_tokens={max_tokens}: start, end and one word need at least 3")
+    answer = [*tokenizer.encode(caption)[: max_tokens - 2], tokenizer.eos]
+    return Encoded([tokenizer.bos, *answer], [IGNORE, *answer])
+
+
+def encode_prompt(tokenizer: Tokenizer, template: str, text: str | None, image_tokens: int, max_tokens: int) -> Encoded:
+    """Fill a template such as "{image} a photo of {text}": bos, image placeholders, literal words, answer, eos.
+
+    Only the answer and its eos are supervised. `text=None` gives the generation prompt: exactly the ids that stand
+    before the answer in training (a space before {text} belongs to the answer). `max_tokens` counts text and control
+    tokens, not image tokens; truncation cuts only the answer. ValueError for a template that does not fit.
+    """
+    before, after = _parse(template)
+    prompt, words = [tokenizer.bos], 1
+    for number, literal in enumerate((before, after) if after is not None else (before,)):
+        prompt += [IMAGE_ID] * image_tokens if number else []
+        trimmed = literal.strip(" ") if tokenizer.own_space else literal.rstrip(" ")
+        ids = tokenizer.encode(trimmed) if trimmed else []
+        prompt, words = prompt + ids, words + len(ids)
+    room = max_tokens - words - 1
+    if room < 1:
+        raise ValueError(
+            f"prompt {template!r}: its own words and the control tokens take {words + 1} of max_tokens={max_tokens}, "
+            "no room for an answer; raise max_tokens or shorten the prompt"
+        )
+    if text is None:
+        return Encoded(prompt, [IGNORE] * len(prompt))
+    spaced = template.endswith(" {text}") and not tokenizer.own_space
+    answer = [*tokenizer.encode(" " + text if spaced else text)[:room], tokenizer.eos]
+    return Encoded(prompt + answer, [IGNORE] * len(prompt) + answer)
+
+
+def _parse(template: str) -> tuple[str, str | None]:
+    """Literal text before {image} and between {image} and {text}; None for the second without an image."""
+    fields = re.findall(r"\{(\w*)\}", template)
+    problem = ""
+    if unknown := [field for field in fields if field not in ("image", "text")]:
+        problem = f"{{{unknown[0]}}} is unknown; use {{image}} and {{text}}"
+    elif fields.count("text") != 1:
+        problem = f"it holds {{text}} {fields.count('text')} times, must be once"
+    elif fields.count("image") > 1:
+        problem = f"it holds {{image}} {fields.count('image')} times, at most once"
+    elif not template.endswith("{text}"):
+        problem = "{text} must be its end: what follows the answer can never be learned"
+    if problem:
+        raise ValueError(f"prompt {template!r}: {problem}")
+    parts = template.removesuffix("{text}").split("{image}")
+    return parts[0], parts[1] if len(parts) == 2 else None

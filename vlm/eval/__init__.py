@@ -1,0 +1,1 @@
+"""Evaluation: retrieval ranks, caption scores, and the page that shows them."""

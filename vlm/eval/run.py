@@ -1,0 +1,134 @@
+"""`vlm evaluate` and `vlm caption`: a trained run against shards, or against pictures."""
+
+import json as jsonlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm import build
+from vlm.data.image import BadSample, decode
+from vlm.data.shards import Shards
+from vlm.eval.describe import describe
+from vlm.eval.features import extract, match_pairs
+from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
+from vlm.model.generate import Sampling
+from vlm.nn.backend import best_device, fast_float32
+from vlm.restore import Trained, restore
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+def evaluate(run: Path, shards: Sequence[str], json: bool = False, caption: str | None = None, k: int = 16) -> None:
+    """Prints recall both ways, by ITC and (if the model has the head) re-ranked by ITM."""
+    result = retrieval(restore(run, best_device()), shards, caption, k)
+    print(jsonlib.dumps(result, indent=1) if json else as_text(result))
+
+
+def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = None, k: int = 16) -> dict[str, Any]:
+    """Retrieval of a data set; `caption`: where its captions stand (the run's own setting unless given).
+
+    Errors: a model without a contrastive head; data without usable samples; features that are not finite.
+    """
+    model = trained.model
+    if model.contrast is None:
+        raise ValueError(f"{trained.folder} was trained without itc, so it cannot rank images and texts")
+    data = trained.run.data
+    source = Shards(list(shards), data.image, caption or data.caption, data.id, data.max_bad_fraction)
+    loader = build.evaluation_loader(trained.run, source, model.vision.transform, trained.tokenizer)
+    features = extract(model, loader, keep_tokens=model.match is not None)
+    arguments = (features.image, features.text, features.image_ids, features.text_ids)
+    found: dict[str, Any] = {"itc": summarize(rank_counts(*arguments))}
+    if model.match is not None:
+
+        def match(image: Tensor, text: Tensor) -> Tensor:
+            return match_pairs(model, features, image, text)
+
+        reranked: Ranks = rerank(*arguments, match=match, k=k)
+        found["itm"] = summarize(reranked)
+    return {
+        "retrieval": found,
+        "chance": chance(features.image_ids, features.text_ids),
+        "counts": {
+            "images": len(features.image_ids),
+            "captions": len(features.text_ids),
+            "unusable": dict(loader.bad),
+            "rerank_k": k,
+        },
+    }
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The recalls as a table beside chance."""
+    measures = ("R@1", "R@5", "R@10", "median_rank")
+    rows = [["", *(f"{way} {name}" for way in ("t2i", "i2t") for name in measures)]]
+    for name, summary in {**result["retrieval"], "chance": result["chance"]}.items():
+        rows.append([name, *_values(summary, measures)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    counts = result["counts"]
+    return "\n".join(
+        [*lines, f"{counts['images']} images, {counts['captions']} captions, ties count against the model"]
+    )
+
+
+def _values(summary: Summary, measures: Sequence[str]) -> list[str]:
+    return [f"{summary[way][name]:.1f}" for way in ("t2i", "i2t") for name in measures]
+
+
+def caption(
+    run: Path, images: Sequence[str], json: bool = False, sampling: Sampling | None = None, batch: int = 32
+) -> None:
+    """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1."""
+    paths = list(find_images(images))
+    trained = restore(run, best_device())
+    bad = 0
+    for start in range(0, len(paths), batch):
+        kept, pixels = [], []
+        for path in paths[start : start + batch]:
+            try:
+                pixels.append(trained.model.vision.transform(decode(path.read_bytes())))
+                kept.append(path)
+            except (BadSample, OSError) as error:
+                bad += 1
+                print(f"vlm: {path}: {error}", file=sys.stderr)
+        if kept:
+            for path, text in zip(kept, captions(trained, torch.stack(pixels), sampling), strict=True):
+                print(
+                    jsonlib.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
+                    if json
+                    else f"{path}\t{text}"
+                )
+    if bad:
+        print(f"vlm: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def captions(trained: Trained, images: Tensor, sampling: Sampling | None = None) -> list[str]:
+    """Captions of normalised images, B 3 H W."""
+    data = trained.run.data
+    device = next(trained.model.parameters()).device
+    chosen = Sampling(max_new=data.max_tokens) if sampling is None else sampling
+    with fast_float32():
+        return describe(trained.model, trained.tokenizer, images.to(device), data.prompt, data.max_tokens, chosen)
+
+
+def find_images(names: Iterable[str]) -> Iterator[Path]:
+    """Files as named, the pictures of folders in order, and for `-` what standard input lists."""
+    for name in names:
+        if name == "-":
+            yield from (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+            continue
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if not found:
+                raise ValueError(f"{path}: no picture in this folder ({', '.join(sorted(SUFFIXES))})")
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"{path}: no such file or folder")

@@ -1,0 +1,46 @@
+"""Image-text contrastive loss (ITC) for any number of captions per image.
+
+Letters: B images, M texts, Q vectors per image, E embedding width.
+"""
+
+import math
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def similarity(image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"]) -> Float[Tensor, "B M"]:
+    """Dot product of the text with the image vector that answers it best (BLIP-2); plain CLIP when Q = 1."""
+    batch, queries, _ = image.shape
+    return (image.flatten(0, 1) @ text.T).view(batch, queries, -1).amax(1)
+
+
+def contrastive(
+    logits: Float[Tensor, "B M"], positive: Bool[Tensor, "B M"], label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Mean of the image-to-text and the text-to-image cross-entropy; all positives of a row share its target equally.
+
+    With one positive per row this is CLIP's loss (Radford et al. 2021, arXiv 2103.00020), with label smoothing
+    BLIP-2's (Li et al. 2023, arXiv 2301.12597). `logits` are similarities divided by the temperature.
+    Every image and every text must have a positive.
+    """
+    return (_cross_entropy(logits, positive, label_smoothing) + _cross_entropy(logits.T, positive.T, label_smoothing)) / 2
+
+
+def _cross_entropy(logits: Tensor, positive: Tensor, smoothing: float) -> Tensor:
+    log_probability = logits.float().log_softmax(1)
+    target = positive.float() / positive.sum(1, keepdim=True)
+    hit = -(target * log_probability).sum(1)
+    return ((1 - smoothing) * hit - smoothing * log_probability.mean(1)).mean()
+
+
+def chance(images: int, texts: int) -> float:
+    """The loss of a model that ranks at random: the mean of ln M and ln B."""
+    return (math.log(texts) + math.log(images)) / 2
+
+
+def inverse_temperature(log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The inverse temperature, kept at 100 or less as CLIP does."""
+    return log_scale.clamp(max=math.log(100)).exp()
+
+

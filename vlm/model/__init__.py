@@ -1,0 +1,1 @@
+"""Encoders, connectors and language models, built from vlm.nn."""

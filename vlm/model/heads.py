@@ -1,0 +1,53 @@
+"""Heads of the contrastive and the matching objective.
+
+Letters: B images, Q vectors per image, M texts, C image width, D text width, E embedding width.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from vlm.loss.contrastive import inverse_temperature, similarity
+
+
+class ContrastiveHead(nn.Module):
+    """Projects images and texts into one space of unit vectors and holds the temperature between them."""
+
+    def __init__(
+        self, image_dim: int, text_dim: int, dim: int, temperature: float = 0.07, bias: bool = False
+    ) -> None:
+        """`temperature` is where it starts; it is learned."""
+        super().__init__()
+        self.image = nn.Linear(image_dim, dim, bias=bias)
+        self.text = nn.Linear(text_dim, dim, bias=bias)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.dim = dim
+
+    def embed_image(self, image: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q E"]:
+        """Unit vectors, in fp32 at least."""
+        return normalize(self.image(image).float(), dim=-1)
+
+    def embed_text(self, text: Float[Tensor, "M D"]) -> Float[Tensor, "M E"]:
+        """Unit vectors, in fp32 at least."""
+        return normalize(self.text(text).float(), dim=-1)
+
+    def forward(self, image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"]) -> Float[Tensor, "B M"]:
+        """Similarities of unit vectors divided by the temperature."""
+        return similarity(image, text) * inverse_temperature(self.log_scale)
+
+
+class MatchingHead(nn.Module):
+    """Two logits (apart, together) from every query, averaged: BLIP-2's ITM head."""
+
+    def __init__(self, dim: int) -> None:
+        """`dim`: width of the fused states."""
+        super().__init__()
+        self.classify = nn.Linear(dim, 2)
+
+    def forward(self, fused: Float[Tensor, "M Q D"]) -> Float[Tensor, "M 2"]:
+        """`fused`: states of the tokens that saw both image and text."""
+        out: Tensor = self.classify(fused).mean(1)
+        return out

@@ -1,0 +1,59 @@
+"""CLIP's text tower over the common stack (Radford et al. 2021, arXiv 2103.00020).
+
+Letters: M texts, T text tokens, D width, V vocabulary.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vlm.nn.attention import Attention
+from vlm.nn.block import Block, PreNorm, Stack
+from vlm.nn.ffn import Mlp
+from vlm.nn.tokens import Tokens
+
+
+class TextEncoder(nn.Module):
+    """Token and position embeddings, a causal pre-norm stack, and the state at the last token as the text's feature."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        max_tokens: int,
+        activation: type[nn.Module] = nn.GELU,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        """`max_tokens`: longest text it can read; `hidden`: width inside the FFN, 4 dim unless given."""
+        super().__init__()
+        self.dim, self.max_tokens = dim, max_tokens
+        self.embedding = nn.Embedding(vocabulary, dim)
+        self.position = nn.Parameter(torch.empty(max_tokens, dim))
+        blocks = [
+            Block(
+                Attention(dim, heads, bias=True),
+                Mlp(dim, 4 * dim if hidden is None else hidden, activation()),
+                PreNorm(nn.LayerNorm(dim), dropout),
+                PreNorm(nn.LayerNorm(dim), dropout),
+            )
+            for _ in range(layers)
+        ]
+        self.stack = Stack(blocks, norm=nn.LayerNorm(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """CLIP's initialisation of the embeddings; the linear layers keep torch's."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+
+    def forward(self, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"]) -> Float[Tensor, "M D"]:
+        """Feature of each text: the state at its last valid token (the end-of-text token)."""
+        if ids.shape[1] > self.max_tokens:
+            raise ValueError(f"a text of {ids.shape[1]} tokens is longer than the text encoder's {self.max_tokens}")
+        x = self.embedding(ids) + self.position[: ids.shape[1]]
+        # Nothing later is seen (causal) and the padding is on the right, so no mask is needed for it.
+        hidden = self.stack(Tokens.of(x, causal=True)).hidden
+        return hidden[torch.arange(len(ids), device=ids.device), valid.sum(1) - 1]

@@ -1,0 +1,233 @@
+"""Image encoders: any model of open_clip or timm as `images -> tokens`, with its own transform, layer choice and freezing.
+
+Letters: B batch, N image tokens, C image width.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vlm.data.image import ImageTransform
+from vlm.model.weights.files import load_into
+
+ClassToken = Literal["keep", "drop"]
+
+
+class ImageEncoder(nn.Module):
+    """A backbone with what its users need to know: `dim`, `tokens`, `transform`.
+
+    Frozen means: evaluation mode for ever, no gradient, no graph, and a dtype of its own if one is given.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, transform: ImageTransform, frozen: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """`backbone` maps B 3 H W to B N C; `dtype` (frozen encoders only) holds its weights and computes in it."""
+        super().__init__()
+        if dtype is not None and not frozen:
+            raise ValueError("model.vision.dtype is for frozen encoders: a trained one follows train.precision")
+        self.backbone, self.transform, self.frozen, self.dtype = backbone, transform, frozen, dtype
+        self.tokens, self.dim = _output_size(backbone, transform.size)
+        if frozen:
+            self.requires_grad_(False).eval()
+        if dtype is not None:
+            self.backbone.to(dtype)
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """Stays in evaluation mode when frozen, whatever the model around it does."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
+        """Image tokens in fp32 (in autocast's dtype while that is on)."""
+        if not self.frozen:
+            out: Tensor = self.backbone(images)
+            return out
+        with torch.no_grad():
+            if self.dtype is None:
+                out = self.backbone(images)
+                return out
+            with torch.autocast(images.device.type, enabled=False):
+                return self.backbone(images.to(self.dtype)).to(images.dtype)
+
+
+def _output_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """(N, C) found by running shapes only: no arithmetic, no assumption on the architecture."""
+    was_training = backbone.training
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    if device.type == "meta":
+        out = backbone(torch.empty(1, 3, *size, device="meta"))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            out = backbone(torch.empty(1, 3, *size, device=device))
+    backbone.train(was_training)
+    return int(out.shape[1]), int(out.shape[2])
+
+
+class TimmBackbone(nn.Module):
+    """A timm model; grids become rows of tokens."""
+
+    def __init__(self, model: nn.Module, layer: int = -1, class_token: ClassToken = "keep") -> None:
+        """`layer`: -1 is the normalised output; another index is the output of that block, without the final norm."""
+        super().__init__()
+        self.model, self.layer = model, layer
+        self.prefix: int = getattr(model, "num_prefix_tokens", 0)
+        self.drop = self.prefix if class_token == "drop" else 0
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
+        """All tokens of the chosen layer."""
+        if self.layer == -1:
+            return self._rows(self.model.forward_features(images))[:, self.drop :]
+        options: dict[str, Any] = {"return_prefix_tokens": True} if self.prefix else {}
+        found = self.model.forward_intermediates(
+            images, indices=[self.layer], stop_early=True, intermediates_only=True, output_fmt="NCHW", **options
+        )[0]
+        grid, prefix = found if self.prefix else (found, None)
+        rows = grid.flatten(2).transpose(1, 2)
+        return rows if prefix is None or self.drop else torch.cat([prefix, rows], 1)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:
+            return x
+        channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        return x.flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
+
+
+class OpenClipBackbone(nn.Module):
+    """The image tower of an open_clip model (its own ViT or ResNet)."""
+
+    def __init__(self, visual: nn.Module, layer: int = -1, class_token: ClassToken = "keep") -> None:
+        """`layer`: -1 is the last block after `ln_post`; another index is that block's raw output (LLaVA: -2)."""
+        super().__init__()
+        self.visual, self.layer, self.class_token = visual, layer, class_token
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
+        """Class token first (unless dropped), then the patches."""
+        count = len(getattr(getattr(self.visual, "transformer", None), "resblocks", [])) or 5
+        found = self.visual.forward_intermediates(
+            images,
+            indices=[self.layer % count],
+            stop_early=True,
+            normalize_intermediates=self.layer == -1,
+            intermediates_only=True,
+            output_fmt="NCHW",
+            output_extra_tokens=True,
+        )
+        rows = found["image_intermediates"][0].flatten(2).transpose(1, 2)
+        prefix = found.get("image_intermediates_prefix")
+        return rows if prefix is None or self.class_token == "drop" else torch.cat([prefix[0], rows], 1)
+
+
+def timm_encoder(
+    name: str,
+    weights: str | None = None,
+    layer: int = -1,
+    class_token: ClassToken = "keep",
+    image_size: int | None = None,
+    args: dict[str, Any] | None = None,
+    frozen: bool = False,
+    dtype: torch.dtype | None = None,
+) -> ImageEncoder:
+    """An encoder from timm.
+
+    `weights`: None (random), a file, or a pretrained tag of that model (fetched from the hub). `args` go to
+    `timm.create_model`. Errors: unknown name (the nearest are listed), a file that does not fit.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:8]
+        raise ValueError(f"model.vision.name: timm has no model '{name}'; near: {', '.join(near) or 'none'}")
+    options = dict(args or {})
+    if image_size is not None and _takes(architecture, "img_size"):
+        options["img_size"] = image_size
+    from_file = weights is not None and Path(weights).is_file()
+    tagged = name if weights is None or from_file or weights == "default" else f"{architecture}.{weights}"
+    model = timm.create_model(tagged, pretrained=weights is not None and not from_file, num_classes=0, **options)
+    if from_file:
+        assert weights is not None
+        load_into(model, Path(weights), optional=_classifier_keys(model))
+    return ImageEncoder(TimmBackbone(model, layer, class_token), _timm_transform(model, image_size), frozen, dtype)
+
+
+def _takes(architecture: str, option: str) -> bool:
+    return option == "img_size" and architecture.startswith(("vit", "deit", "eva", "beit", "swin", "cait", "mixer"))
+
+
+def _classifier_keys(model: nn.Module) -> tuple[str, ...]:
+    names = model.default_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _timm_transform(model: nn.Module, image_size: int | None) -> ImageTransform:
+    config = timm.data.resolve_model_data_config(model)
+    size = config["input_size"][1:] if image_size is None else (image_size, image_size)
+    bilinear = config["interpolation"] == "bilinear"
+    return ImageTransform(
+        size=(size[0], size[1]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        resize="squash" if config["crop_mode"] == "squash" else "shortest",
+        interpolation="bilinear" if bilinear else "bicubic",
+        crop_fraction=float(config["crop_pct"]) if image_size is None else 1.0,
+    )
+
+
+def open_clip_encoder(
+    name: str,
+    weights: str | None = None,
+    layer: int = -1,
+    class_token: ClassToken = "keep",
+    image_size: int | None = None,
+    frozen: bool = False,
+    dtype: torch.dtype | None = None,
+) -> ImageEncoder:
+    """The image tower of an open_clip model.
+
+    `weights`: None (random), a file, or a pretrained tag (fetched from the hub). Errors: unknown name or tag.
+    """
+    if name not in open_clip.list_models():
+        near = [model for model in open_clip.list_models() if model.split("-")[0] == name.split("-")[0]][:8]
+        raise ValueError(f"model.vision.name: open_clip has no model '{name}'; near: {', '.join(near) or 'none'}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights is not None and not Path(weights).is_file() and weights not in tags:
+        raise ValueError(
+            f"model.vision.weights: '{weights}' is neither a file nor a pretrained tag of open_clip's {name} "
+            f"({', '.join(tags) or 'it has none'})"
+        )
+    model = open_clip.create_model(name, pretrained=weights, force_image_size=image_size, weights_only=True)
+    return from_open_clip(model, layer, class_token, frozen, dtype)
+
+
+def from_open_clip(
+    model: nn.Module,
+    layer: int = -1,
+    class_token: ClassToken = "keep",
+    frozen: bool = False,
+    dtype: torch.dtype | None = None,
+) -> ImageEncoder:
+    """The image tower of an open_clip model that exists already."""
+    visual = model.visual
+    assert isinstance(visual, nn.Module)
+    config = open_clip.get_model_preprocess_cfg(model)
+    size = config.get("size", 224)
+    transform = ImageTransform(
+        size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        mean=tuple(config.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        std=tuple(config.get("std") or open_clip.OPENAI_DATASET_STD),
+        resize=config.get("resize_mode") or "shortest",
+        interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
+    )
+    trunk = getattr(visual, "trunk", None)
+    backbone: nn.Module
+    if isinstance(trunk, nn.Module):
+        backbone = TimmBackbone(trunk, layer, class_token)
+    else:
+        backbone = OpenClipBackbone(visual, layer, class_token)
+    return ImageEncoder(backbone, transform, frozen, dtype)

@@ -1,0 +1,147 @@
+"""The vision-language model: an image encoder, a connector, and whichever text side and heads a system has.
+
+Letters: B images, N image tokens, Q connector tokens, M texts, T text tokens, E embedding width, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vlm.data.batch import Text
+from vlm.model.heads import ContrastiveHead, MatchingHead
+from vlm.model.language import Decoder, splice
+from vlm.model.qformer import QFormer
+from vlm.model.text import TextEncoder
+from vlm.nn.block import ImageMemory
+from vlm.nn.state import State
+from vlm.nn.tokens import IMAGE_ID, Tokens, count_positions
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model has of a batch of images after looking once; every objective and every text reuses it."""
+
+    soft: Float[Tensor, "B Q D"]  # the connector's tokens
+    memory: ImageMemory | None = None  # the image as a Q-Former's cross-attentions see it
+    state: State | None = None  # a Q-Former's queries as a past that text can continue
+
+    def select(self, index: Int[Tensor, "R"]) -> "Seen":
+        """Rows picked by index, with repeats: one image against many texts."""
+        return Seen(
+            self.soft[index],
+            None if self.memory is None else self.memory.select(index),
+            None if self.state is None else self.state.reorder(index),
+        )
+
+
+class VisionLanguageModel(nn.Module):
+    """Any system made of these parts; a part that a system lacks is None, and what needs it says so.
+
+    CLIP: vision, pooling connector, text, contrast. BLIP-2 stage 1: vision, Q-Former, contrast, match.
+    BLIP-2 stage 2, LLaVA: vision, connector, language.
+    """
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        connector: nn.Module,
+        text: TextEncoder | None = None,
+        language: Decoder | None = None,
+        contrast: ContrastiveHead | None = None,
+        match: MatchingHead | None = None,
+    ) -> None:
+        """`vision` maps images to tokens and `connector` those to the width of what reads them."""
+        super().__init__()
+        self.vision, self.connector = vision, connector
+        self.text, self.language = text, language
+        self.contrast, self.match = contrast, match
+
+    def see(self, images: Float[Tensor, "B 3 H W"]) -> Seen:
+        """Looks at the images once."""
+        return self.connect(self.vision(images))
+
+    def connect(self, image: Float[Tensor, "B N C"]) -> Seen:
+        """Runs the connector on image tokens (from `vision`, or a cache of it)."""
+        if not isinstance(self.connector, QFormer):
+            return Seen(self.connector(image))
+        memory = self.connector.stack.look(image)
+        queries = self.connector.query(memory, len(image))
+        return Seen(self.connector.out(queries.hidden), memory, queries.state)
+
+    def embed_image(self, seen: Seen) -> Float[Tensor, "B Q E"]:
+        """Unit vectors for contrastive similarity, one or several per image."""
+        return need(self.contrast, "contrastive head").embed_image(seen.soft)
+
+    def embed_text(self, text: Text) -> Float[Tensor, "M E"]:
+        """Unit vectors for contrastive similarity."""
+        if self.text is not None:
+            feature = self.text(text.ids, text.valid)
+        else:
+            feature = self._qformer("ITC without a text encoder").read(text.ids, text.valid)[:, 0]
+        return need(self.contrast, "contrastive head").embed_text(feature)
+
+    def match_logits(self, seen: Seen, text: Text) -> Float[Tensor, "M 2"]:
+        """Do row m's image and text m belong together? Two logits: apart, together."""
+        qformer = self._qformer("ITM")
+        assert seen.memory is not None
+        return need(self.match, "matching head")(qformer.fuse(seen.memory, text.ids, text.valid))
+
+    def write(self, seen: Seen, text: Text) -> Float[Tensor, "M T D"]:
+        """Hidden states of text m after row m's image: what `logits` turns into next-token logits."""
+        return self.begin(seen, text)[0]
+
+    def begin(self, seen: Seen, text: Text) -> tuple[Float[Tensor, "M T D"], State]:
+        """As `write`, with the state from which `proceed` continues."""
+        if self.language is not None:
+            x = splice(self.language.embed(text.ids), text.ids, seen.soft, IMAGE_ID)
+            out = self.language(Tokens.of(x, causal=True, valid=text.valid))
+            return out.hidden, out.state
+        assert seen.state is not None
+        start = torch.zeros_like(seen.state.position)
+        out = self._qformer("LM without a language model").write(text.ids, text.valid, seen.state, start)
+        return out.hidden, replace(out.state, position=count_positions(text.valid).amax(1) + 1)
+
+    def proceed(self, ids: Int[Tensor, "M 1"], state: State) -> tuple[Float[Tensor, "M V"], State]:
+        """Logits after one more token of each row."""
+        valid = torch.ones_like(ids, dtype=torch.bool)
+        if self.language is not None:
+            tokens = Tokens.of(self.language.embed(ids), causal=True, position=state.position[:, None])
+            out = self.language(tokens, state)
+        else:
+            out = self._qformer("LM without a language model").write(ids, valid, state, state.position)
+        return self.logits(out.hidden[:, -1]), out.state
+
+    def logits(self, hidden: Float[Tensor, "*K D"]) -> Float[Tensor, "*K V"]:
+        """Next-token logits of hidden states from `write`."""
+        if self.language is not None:
+            return self.language.logits(hidden)
+        return self._qformer("LM without a language model").logits(hidden)
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders that one image takes in the text of the language model; 0 where text follows queries."""
+        return int(self.connector.tokens) if self.language is not None else 0
+
+    def _qformer(self, purpose: str) -> QFormer:
+        if not isinstance(self.connector, QFormer):
+            raise ValueError(f"{purpose} needs model.connector.kind=qformer, not {type(self.connector).__name__}")
+        return self.connector
+
+
+def need(module: M | None, name: str) -> M:
+    """The module, or an error in words that this model has none."""
+    if module is None:
+        raise ValueError(f"this model has no {name}: it was built for other objectives")
+    return module
+
+
+def last_valid(hidden: Float[Tensor, "M T D"], valid: Bool[Tensor, "M T"]) -> Float[Tensor, "M D"]:
+    """Each row's state at its last valid token, whichever side the padding is on."""
+    column = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, column, -1).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

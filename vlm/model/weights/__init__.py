@@ -1,0 +1,1 @@
+"""Weights as published, and as ours: one table per family."""

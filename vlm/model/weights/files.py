@@ -1,0 +1,65 @@
+"""Weight files: safetensors, or pickles read with `weights_only=True`; never anything that could run code."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file by name; wrappers such as {"state_dict": …} and the prefix "module." are taken off.
+
+    Errors: a file that is damaged, or that holds more than plain tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: refused, for it is damaged or holds more than plain tensors ({reason})") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path}: holds no plain table of tensors")
+    return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def load_into(module: nn.Module, path: Path, optional: Collection[str] = ()) -> None:
+    """Loads a file into a module of the same names; keys under an `optional` prefix may be left over."""
+    found = read(path)
+    kept = {name: value for name, value in found.items() if not name.startswith(tuple(optional) or ("\0",))}
+    load_strict(module, kept, str(path))
+
+
+def load_strict(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Loads tensors by name; a difference in names or shapes is an error that lists it, and nothing is loaded."""
+    problems = differences(module.state_dict(), weights)
+    if problems:
+        shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise ValueError(f"{source} does not fit this model:\n  {shown}")
+    module.load_state_dict(dict(weights), assign=any(parameter.is_meta for parameter in module.parameters()))
+
+
+def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """One line for each name that only one side has, and for each shape that differs."""
+    lines = [f"missing: {name} {_shape(own[name])}" for name in own if name not in given]
+    lines += [f"not in the model: {name} {_shape(given[name])}" for name in given if name not in own]
+    lines += [
+        f"other shape: {name} is {_shape(given[name])}, the model's is {_shape(own[name])}"
+        for name in own
+        if name in given and own[name].shape != given[name].shape
+    ]
+    return lines
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) or "scalar"

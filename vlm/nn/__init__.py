@@ -1,0 +1,1 @@
+"""Tensor pieces: they know nothing of images, text files, configs or training."""

@@ -1,0 +1,142 @@
+"""What a run tells: a progress bar on a terminal, plain lines elsewhere, metrics.jsonl always, TensorBoard on request."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """Collects the losses of each step and reports their means every few steps."""
+
+    def __init__(
+        self, folder: Path, steps: int, title: str, every: int, chance: Mapping[str, float], start: int = 0,
+        report_to: Sequence[str] = (),
+    ) -> None:
+        """`chance`: of each loss, what guessing gives; `start`: the step a resumed run goes on from."""
+        self.steps, self.every, self.chance, self.title = steps, every, chance, title
+        self.console = Console(stderr=True, highlight=False)
+        self._sums: dict[str, float] = defaultdict(float)
+        self._count, self._since, self._began, self._start = 0, time.perf_counter(), time.perf_counter(), start
+        self._stuck: set[str] = set()
+        cut_after(folder / METRICS, start)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._board = _tensorboard(folder) if "tensorboard" in report_to else None
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=self.console, transient=True,
+        ) if self.console.is_terminal else None
+
+    def __enter__(self) -> "Log":
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.steps, completed=self._start, note="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, done: int, losses: Mapping[str, float], facts: Mapping[str, float]) -> None:
+        """After each step: its losses, and facts (rate, gradient norm, samples) of which the newest are reported."""
+        for name, value in losses.items():
+            self._sums[name] += value
+        self._count += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        if done % self.every == 0 or done == self.steps:
+            self._report(done, facts)
+
+    def event(self, done: int, values: Mapping[str, float]) -> None:
+        """Something measured now and then, such as a validation."""
+        self._write(done, values)
+        self.say(f"{self.title} {done}/{self.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def say(self, text: str) -> None:
+        """One line for people, above the bar if there is one."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _report(self, done: int, facts: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        means = {name: total / self._count for name, total in self._sums.items()}
+        speed = {name: value * self._count / (now - self._since) for name, value in facts.items() if name == "samples"}
+        values = {f"train/loss_{name}": value for name, value in means.items()}
+        values |= {f"chance/loss_{name}": self.chance[name] for name in means if name in self.chance}
+        values |= {f"train/{name}": value for name, value in facts.items() if name != "samples"}
+        values |= {"train/samples_per_second": speed.get("samples", 0.0), "seconds": now - self._began}
+        self._write(done, values)
+        note = "  ".join(f"{name} {value:.3f} (chance {self.chance.get(name, 0):.3f})" for name, value in means.items())
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        else:
+            left = (now - self._began) / max(1, done - self._start) * (self.steps - done)
+            self.say(f"{self.title} {done}/{self.steps}  {note}  {speed.get('samples', 0):.0f} samples/s  {left:.0f} s left")
+        self._warn(done, means)
+        self._sums.clear()
+        self._count, self._since = 0, now
+
+    def _warn(self, done: int, means: Mapping[str, float]) -> None:
+        for name, value in means.items():
+            level = self.chance.get(name)
+            if level is None or name in self._stuck or done < max(200, self.steps // 5) or value < 0.97 * level:
+                continue
+            self._stuck.add(name)
+            self.say(
+                f"warning: after {done} steps the {name} loss is {value:.3f}, and guessing gives {level:.3f}: nothing has "
+                "been learned from it yet. Look at the pictures and captions, at which parts learn, and at the rate."
+            )
+
+    def _write(self, done: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": done, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, done)
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drops what a killed run logged after its checkpoint, and a line that it did not finish."""
+    if not path.is_file():
+        return
+    whole = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("step", 0) <= step:
+            whole.append(line)
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    draft.replace(path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All records of a run, in order."""
+    path = folder / METRICS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("train.report_to: tensorboard is not installed: pip install 'vlm[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def note(text: str) -> None:
+    """One line for people, on stderr."""
+    print(text, file=sys.stderr, flush=True)

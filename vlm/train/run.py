@@ -1,0 +1,185 @@
+"""`vlm train`: from a configuration to a trained run folder."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from vlm import build, checkpoint
+from vlm.config import schema
+from vlm.config.load import dump, load
+from vlm.data.loader import Loader
+from vlm.data.text import Tokenizer, load_tokenizer
+from vlm.nn.backend import best_device, fast_float32
+from vlm.restore import CONFIG, TOKENIZER, initialise, relative_init, sourced_parts
+from vlm.train.average import Average
+from vlm.train.log import METRICS, Log, note
+from vlm.train.loop import Interrupted, Plan, autocast, fit
+from vlm.train.optim import Line, Rule, adamw, assign, table
+from vlm.train.task import Itc, Itm, Lm, Objective, Task
+
+
+def train(config: Path, overrides: Sequence[str], out: Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Trains what `config` describes into the folder `out`.
+
+    Errors: mistakes in the settings (all at once), unusable data, a folder that holds another run.
+    """
+    run = load(schema.Run, config, overrides)
+    train_run(run, out, resume, overwrite)
+
+
+def train_run(run: schema.Run, out: Path, resume: bool = False, overwrite: bool = False, title: str = "train") -> None:
+    """As `train`, from settings that are checked already."""
+    run = relative_init(run, out)
+    check_folder(out, run, resume, overwrite)
+    device = best_device()
+    source = build.shards(run.data, run.data.train)
+    tokenizer = _tokenizer(run, out, resume, source.captions)
+    model = build.model(run, tokenizer)
+    for line in initialise(model, run, out):
+        note(line)
+    decided = assign(model, rules(run), frozen_parts(run))
+    note(render(table(model, decided)))
+    stored = checkpoint.divide(model, sourced_parts(run))
+    model.to(device)
+    objectives = [objective(loss, tokenizer) for loss in run.losses]
+    task = Task(model, objectives)
+    optimizer = adamw(model, decided, run.train.betas)
+    average = None if run.train.ema is None else Average(model, run.train.ema)
+    start = _resume(out, model, sourced_parts(run), optimizer, average) if resume else 0
+    loader = build.training_loader(run, source, model.vision.transform, tokenizer, model.image_tokens)
+    _prepare(out, run, tokenizer)
+
+    def save(step: int) -> None:
+        averaged = None if average is None else average.tensors
+        checkpoint.save(out, step, model, stored, optimizer, averaged, run.train.keep, {"bad": dict(loader.bad)})
+
+    chance = {o.name: o.chance(run.train.batch_size, run.train.batch_size * run.data.captions_per_image) for o in objectives}
+    precision = build.precision(run, device)
+    check = _validation(run, task, tokenizer, precision)
+    plan = Plan(
+        run.train.steps, run.train.accumulate, run.train.warmup, run.train.final_lr, run.train.clip, run.train.seed,
+        run.train.eval_every, run.train.save_every,
+    )
+    try:
+        with Log(out, run.train.steps, title, run.train.log_every, chance, start, run.train.report_to) as log:
+            batches = loader.train(start * run.train.accumulate)
+            fit(task, batches, optimizer, plan, log, precision, save, check, average, start)
+    except Interrupted as stop:
+        note(f"{title}: stopped and saved at step {stop.step}; go on with: vlm train {out / CONFIG} --out {out} --resume")
+        raise KeyboardInterrupt from None
+    if loader.bad:
+        note("unusable samples: " + ", ".join(f"{count} x {reason}" for reason, count in loader.bad.most_common()))
+
+
+def check_folder(out: Path, run: schema.Run, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that holds another run, and a resume that would change the settings; removes one on request."""
+    held = out / CONFIG
+    if resume:
+        if not held.is_file():
+            raise ValueError(f"--resume: {out} holds no run (no {CONFIG})")
+        if dump(load(schema.Run, held)) != dump(run):
+            raise ValueError(f"--resume: the settings differ from {held}; resume with that file, or start another folder")
+        checkpoint.latest(out)
+    elif held.is_file() and not overwrite:
+        raise ValueError(f"{out} holds a run already: choose another --out, --resume it, or --overwrite it")
+    elif held.is_file():
+        for old in checkpoint.checkpoints(out):
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
+        for name in (CONFIG, TOKENIZER, METRICS, checkpoint.LATEST):
+            (out / name).unlink(missing_ok=True)
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file")
+
+
+def objective(settings: schema.Loss, tokenizer: Tokenizer) -> Objective:
+    """The objective of a loss in the settings."""
+    match settings:
+        case schema.ItcLoss():
+            return Itc(settings.weight, settings.label_smoothing)
+        case schema.ItmLoss():
+            return Itm(settings.weight)
+        case schema.LmLoss():
+            return Lm(tokenizer.size, tokenizer.dec, settings.weight, settings.label_smoothing)
+
+
+def render(lines: Sequence[Line]) -> str:
+    """The table of what trains, as text."""
+    rows = [("part", "pattern", "rate", "tensors", "parameters")]
+    for line in lines:
+        rate = "frozen" if line.lr is None else f"{line.lr:g}"
+        rows.append((line.part, line.match, rate, str(line.tensors), f"{line.parameters:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def rules(run: schema.Run) -> list[Rule]:
+    """The settings' patterns with their defaults filled in."""
+    decay = run.train.weight_decay
+    return [Rule(g.match, g.lr, decay if g.weight_decay is None else g.weight_decay) for g in run.train.params]
+
+
+def frozen_parts(run: schema.Run) -> list[str]:
+    """Parts frozen by a setting of their own."""
+    return ["vision"] if run.model.vision.frozen else []
+
+
+def validate(task: Task, loader: Loader, precision: torch.dtype) -> dict[str, float]:
+    """Mean losses over a data set, each sample once."""
+    device = next(task.parameters()).device
+    sums: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    task.eval()
+    torch.manual_seed(0)
+    with torch.no_grad(), fast_float32():
+        for batch in loader.once():
+            batch = batch.to(device)
+            with autocast(device, precision):
+                losses = task(batch)
+            for o in task.objectives:
+                share = o.share(batch)
+                sums[o.name] = sums.get(o.name, 0.0) + share * float(losses.each[o.name])
+                shares[o.name] = shares.get(o.name, 0.0) + share
+    return {f"val/loss_{name}": total / max(1.0, shares[name]) for name, total in sums.items()}
+
+
+def _validation(
+    run: schema.Run, task: Task, tokenizer: Tokenizer, precision: torch.dtype
+) -> Callable[[], dict[str, float]] | None:
+    if run.data.val is None:
+        return None
+    source = build.shards(run.data, run.data.val)
+    model = task.model
+    loader = build.evaluation_loader(run, source, model.vision.transform, tokenizer, model.image_tokens)
+    return lambda: validate(task, loader, precision)
+
+
+def _tokenizer(run: schema.Run, out: Path, resume: bool, captions: Callable[[], Iterable[str]]) -> Tokenizer:
+    if resume:
+        return load_tokenizer(out / TOKENIZER)
+    return build.tokenizer(run.tokenizer, captions())
+
+
+def _resume(
+    out: Path,
+    model: torch.nn.Module,
+    sourced: set[str],
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+) -> int:
+    newest = checkpoint.latest(out)
+    step = checkpoint.load_weights(newest, model, sourced, averaged=False)
+    checkpoint.load_optimizer(newest, model, optimizer)
+    if average is not None:
+        average.load(newest / "average.safetensors")
+    note(f"resuming {out} at step {step}")
+    return step
+
+
+def _prepare(out: Path, run: schema.Run, tokenizer: Tokenizer) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / TOKENIZER)
+    (out / CONFIG).write_text(dump(run), encoding="utf-8")
+

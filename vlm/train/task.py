@@ -1,0 +1,169 @@
+"""Task: a model and its objectives in one forward pass, with everything they share computed once.
+
+Letters: B images, M texts, P pairs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm.data.batch import Batch, Text
+from vlm.loss import contrastive, language, matching
+from vlm.model.vlm import Seen, VisionLanguageModel, need
+
+
+class Views:
+    """What a batch looks like to the model; each view is computed when first asked for, and once."""
+
+    def __init__(self, model: VisionLanguageModel, batch: Batch) -> None:
+        """`batch` is on the model's device."""
+        self.model, self.batch = model, batch
+
+    @cached_property
+    def seen(self) -> Seen:
+        """The images, looked at once."""
+        return self.model.see(self.batch.images)
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "B M"]:
+        """Contrastive logits of all images and texts of the batch."""
+        image = self.model.embed_image(self.seen)
+        text = self.model.embed_text(self.batch.captions)
+        out: Tensor = need(self.model.contrast, "contrastive head")(image, text)
+        return out
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """One loss over the views of a batch."""
+
+    name: str
+    weight: float
+
+    def share(self, batch: Batch) -> float:
+        """How much a micro-batch counts among those of one step."""
+        ...
+
+    def chance(self, images: int, texts: int) -> float:
+        """The loss of a model that knows nothing, for batches of so many images and texts."""
+        ...
+
+    def __call__(self, views: Views) -> Tensor:
+        """The mean loss of the batch."""
+        ...
+
+
+class Itc:
+    """Image-text contrastive loss."""
+
+    name = "itc"
+
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
+        """`label_smoothing`: 0.1 in BLIP-2."""
+        self.weight, self.label_smoothing = weight, label_smoothing
+
+    def share(self, batch: Batch) -> float:
+        """By texts."""
+        return len(batch.owner)
+
+    def chance(self, images: int, texts: int) -> float:
+        """ln B, if there is one text per image."""
+        return contrastive.chance(images, texts)
+
+    def __call__(self, views: Views) -> Float[Tensor, ""]:
+        """Mean of both directions."""
+        return contrastive.contrastive(views.logits, views.batch.positive, self.label_smoothing)
+
+
+class Itm:
+    """Image-text matching loss on pairs that the contrastive logits find hard."""
+
+    name = "itm"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        """`weight` in the sum of the losses."""
+        self.weight = weight
+
+    def share(self, batch: Batch) -> float:
+        """By texts."""
+        return len(batch.owner)
+
+    def chance(self, images: int, texts: int) -> float:
+        """Entropy of one positive among two negatives."""
+        return matching.CHANCE
+
+    def __call__(self, views: Views) -> Float[Tensor, ""]:
+        """Cross-entropy over 3 M pairs."""
+        batch = views.batch
+        pairs = matching.hard_pairs(views.logits, batch.positive, batch.owner)
+        seen = replace(views.seen, state=None).select(pairs.image)
+        return matching.matching(views.model.match_logits(seen, batch.captions.select(pairs.text)), pairs.match)
+
+
+class Lm:
+    """Language modelling of the captions after their images."""
+
+    name = "lm"
+
+    def __init__(self, vocabulary: int, dec: int, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
+        """`dec`: the token that starts a text written by the Q-Former itself ([DEC] in BLIP-2)."""
+        self.vocabulary, self.dec = vocabulary, dec
+        self.weight, self.label_smoothing = weight, label_smoothing
+
+    def share(self, batch: Batch) -> float:
+        """By supervised tokens, so that accumulating changes nothing."""
+        return float((self._text(batch).labels[:, 1:] != language.IGNORE).sum())
+
+    def chance(self, images: int, texts: int) -> float:
+        """ln V."""
+        return math.log(self.vocabulary)
+
+    def __call__(self, views: Views) -> Float[Tensor, ""]:
+        """Mean per supervised token."""
+        batch = views.batch
+        text = self._text(batch)
+        seen = replace(views.seen, memory=None)
+        if len(batch.owner) != len(batch.images) or views.model.language is not None:
+            seen = seen.select(batch.owner)
+        hidden, target = language.supervised(views.model.write(seen, text), text.labels)
+        return language.language(views.model.logits(hidden), target, self.label_smoothing)
+
+    def _text(self, batch: Batch) -> Text:
+        return batch.prompts if batch.prompts is not None else written_by_qformer(batch.captions, self.dec)
+
+
+def written_by_qformer(captions: Text, dec: int) -> Text:
+    """Captions with the start token that tells the Q-Former to write rather than to read."""
+    ids = captions.ids.clone()
+    ids[:, 0] = dec
+    return replace(captions, ids=ids)
+
+
+class Losses(NamedTuple):
+    """The weighted sum, and each loss by itself (detached)."""
+
+    total: Float[Tensor, ""]
+    each: dict[str, Tensor]
+
+
+class Task(nn.Module):
+    """One forward pass from batch to loss: the thing to wrap in DDP, FSDP2 or compile."""
+
+    def __init__(self, model: VisionLanguageModel, objectives: Sequence[Objective]) -> None:
+        """`objectives` have different names."""
+        super().__init__()
+        self.model, self.objectives = model, list(objectives)
+
+    def forward(self, batch: Batch, shares: dict[str, float] | None = None) -> Losses:
+        """`shares`: of each objective, what part of the step this micro-batch is (1 unless given)."""
+        views = Views(self.model, batch)
+        each = {objective.name: objective(views) for objective in self.objectives}
+        weights = {o.name: o.weight * (1.0 if shares is None else shares[o.name]) for o in self.objectives}
+        total = torch.stack([weights[name] * loss for name, loss in each.items()]).sum()
+        return Losses(total, {name: loss.detach() for name, loss in each.items()})

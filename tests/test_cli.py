@@ -52,8 +52,12 @@ def test_arguments_arrive(vlm: Any) -> None:
         [((Path("x.yaml"), ["a.b=1", "c=-2"]), {"out": Path("there"), "resume": True, "overwrite": True})],
     )
     assert vlm("quickstart") == (0, [((Path("runs/quickstart"),), {"overwrite": False})])
-    assert vlm("caption", "run", "a.png", "-", "--json") == (0, [((Path("run"), ["a.png", "-"]), {"json": True})])
-    assert vlm("evaluate", "run", "a.tar", "b.tar") == (0, [((Path("run"), ["a.tar", "b.tar"]), {"json": False})])
+    sampling = {"max_new": 9, "min_new": 0, "temperature": 0.5, "top_k": None, "top_p": None}
+    sampling |= {"repetition_penalty": 1.0, "seed": 0}
+    drawn = vlm("caption", "run", "a.png", "-", "--json", "--max-new", "9", "--temperature", "0.5")
+    assert drawn == (0, [((Path("run"), ["a.png", "-"]), {"json": True, **sampling})])
+    plain = {"json": False, "caption": None, "k": 16}
+    assert vlm("evaluate", "run", "a.tar", "b.tar") == (0, [((Path("run"), ["a.tar", "b.tar"]), plain)])
 
 
 def test_version_and_help(vlm: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ except SystemExit:
     pass
 print("loaded:", *sorted({heavy} & set(sys.modules)))
 """
-CONFIG = str(next(iter(sorted(ROOT.glob("configs/**/*.yaml"))), "none.yaml"))
+CONFIG = str(min((ROOT / "vlm" / "quickstart").glob("*.yaml")))
 LIGHT = {
     "--help": ["--help"],
     "--version": ["--version"],

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import assert_never
 
 import torch
 from torch import nn
+from typing_extensions import assert_never
 
 from vlm.config import schema
 from vlm.data.image import Augment, ImageTransform
@@ -38,14 +38,13 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
     heads = "itc" in kinds or "itm" in kinds
     text_dim = text.dim if text is not None else bridge.width if isinstance(bridge, QFormer) else 0
     seen = bridge.dim
-    assert isinstance(seen, int)
     return VisionLanguageModel(
         vision=vision,
         connector=bridge,
         text=text,
         language=language,
         contrast=ContrastiveHead(seen, text_dim, settings.embed_dim, settings.temperature) if heads else None,
-        match=MatchingHead(seen) if "itm" in kinds else None,
+        match=MatchingHead(bridge.width) if "itm" in kinds and isinstance(bridge, QFormer) else None,
     )
 
 
@@ -63,7 +62,7 @@ def image_encoder(settings: schema.Vision) -> ImageEncoder:
 
 def connector(
     settings: schema.Connector, vision: ImageEncoder, language: Decoder | None, vocabulary: int, max_tokens: int
-) -> nn.Module:
+) -> MlpConnector | MeanPool | QFormer:
     """What stands between the image encoder and what reads it."""
     out = vision.dim if language is None else language.dim
     match settings:
@@ -97,7 +96,14 @@ def text_encoder(settings: schema.TextTower, vocabulary: int, max_tokens: int) -
     """CLIP's text tower."""
     activation = QuickGELU if settings.activation == "quick_gelu" else nn.GELU
     return TextEncoder(
-        vocabulary, settings.dim, settings.layers, settings.heads, max_tokens, activation, settings.hidden, settings.dropout
+        vocabulary,
+        settings.dim,
+        settings.layers,
+        settings.heads,
+        max_tokens,
+        activation,
+        settings.hidden,
+        settings.dropout,
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what was trained, as safetensors; written whole or not at all; frozen weights named and hashed, not stored.
+"""Checkpoints: what was trained, as safetensors, written whole or not at all; frozen weights are hashed, not stored.
 
 A run folder holds config.yaml, tokenizer.json, metrics.jsonl, step-0001000/ … and `latest`, the name of the newest.
 """
@@ -36,7 +36,7 @@ def divide(model: nn.Module, sourced: Collection[str]) -> Stored:
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = {name for name, _ in model.named_parameters()}
     awake = {name.split(".")[0] for name in learning}
-    kept, frozen = [], []
+    kept, frozen = list[str](), list[str]()
     for name in model.state_dict():
         part = name.split(".")[0]
         asleep = name not in learning if name in parameters else part not in awake
@@ -70,7 +70,8 @@ def save(
     """
     final = run / f"step-{step:07d}"
     draft = run / f".{final.name}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
+    for left in run.glob(".step-*.tmp"):  # by a process that was killed while saving
+        shutil.rmtree(left, ignore_errors=True)
     weights = model.state_dict()
     try:
         draft.mkdir(parents=True)
@@ -162,8 +163,11 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> 
         parameter = parameters.get(name)
         if parameter is None or id(parameter) not in learning:
             raise ValueError(f"{checkpoint} was trained with {name}, which does not learn now: compare train.params")
-        # The step counter stays where the fused optimizer wants it: with the parameter, in fp32.
-        optimizer.state[parameter][part] = value.to(parameter.device)
+        # The fused optimizer walks raw memory: what has the parameter's shape needs its order of strides too.
+        like = parameter.detach() if value.shape == parameter.shape else value
+        optimizer.state[parameter][part] = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(
+            value
+        )
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -172,9 +176,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _point(run: Path, name: str) -> None:
     draft = run / f".{LATEST}.tmp"
-    draft.write_text(name + "\n")
-    _sync(draft)
-    draft.replace(run / LATEST)
+    try:
+        draft.write_text(name + "\n")
+        _sync(draft)
+        draft.replace(run / LATEST)
+    finally:
+        draft.unlink(missing_ok=True)
     _sync(run)
 
 

@@ -6,54 +6,32 @@ Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
 from vlm import __version__
 
-app = typer.Typer(
-    name="vlm",
-    help="Train, evaluate and use vision-language models.",
-    epilog="VLM_TRACEBACK=1 shows where in the code an error arose.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+folder = click.Path(path_type=Path)
+config_argument = click.argument("config", type=folder)
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+run_argument = click.argument("run", type=folder)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the run that the folder holds.")
+json_option = click.option("--json", is_flag=True, help="Print JSON.")
+
+
+@click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="VLM_TRACEBACK=1 shows where in the code an error arose.",
 )
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A settings file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings to change, such as train.steps=100.", show_default=False),
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def _version(asked: bool) -> bool:
-    if asked:
-        typer.echo(f"vlm {__version__}")
-        raise typer.Exit
-    return asked
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
+@click.version_option(__version__, message="vlm %(version)s")
+def app() -> None:
+    """Train, evaluate and use vision-language models."""
 
 
 @app.command()
-def quickstart(
-    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
-    overwrite: Overwrite = False,
-) -> None:
+@click.option("--out", type=folder, default="runs/quickstart", show_default=True, help="The run folder.")
+@overwrite_option
+def quickstart(out: Path, overwrite: bool) -> None:
     """Train, evaluate and caption in minutes.
 
     Uses the pictures that come with the package; writes metrics.json and an HTML report.
@@ -64,66 +42,79 @@ def quickstart(
 
 
 @app.command()
-def train(
-    config: Config,
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder.", show_default="runs/ and the config's name")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train what a config describes."""
+@config_argument
+@overrides_argument
+@click.option("--out", type=folder, help="The run folder; runs/ and the config's name unless given.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the run folder.")
+@overwrite_option
+def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, overwrite: bool) -> None:
+    """Train what a config describes.
+
+    CONFIG is a YAML file; KEY=VALUE changes a setting of it, such as train.steps=100.
+    """
     from vlm.train.run import train as run
 
-    run(config, overrides or [], out=out or Path("runs", config.stem), resume=resume, overwrite=overwrite)
+    run(config, list(overrides), out=out or Path("runs", config.stem), resume=resume, overwrite=overwrite)
 
 
 @app.command()
-def caption(
-    run: RunFolder,
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders, or - for a list on standard input.")
-    ],
-    json: Json = False,
-) -> None:
-    """Describe images."""
+@run_argument
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@json_option
+@click.option("--max-new", type=int, help="Tokens of the longest caption; the run's own limit unless given.")
+@click.option("--min-new", type=int, default=0, help="Tokens of the shortest caption.")
+@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above 0 draws.")
+@click.option("--top-k", type=int, help="Draw among the k likeliest tokens.")
+@click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
+@click.option("--seed", type=int, default=0, help="Of the draws.")
+def caption(run: Path, images: tuple[str, ...], json: bool, **sampling: int | float | None) -> None:
+    """Describe images.
+
+    RUN is the folder of a finished run; IMAGE a file, a folder, or - for a list on standard input.
+    """
     from vlm.eval.run import caption as describe
 
-    describe(run, images, json=json)
+    describe(run, list(images), json=json, **sampling)  # type: ignore[arg-type]  # click made each of its type
 
 
 @app.command()
-def evaluate(
-    run: RunFolder,
-    shards: Annotated[
-        list[str],
-        typer.Argument(metavar="SHARDS...", help="Tar files, folders of them, or patterns such as {000..003}.tar."),
-    ],
-    json: Json = False,
-) -> None:
+@run_argument
+@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@json_option
+@click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
+@click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
+def evaluate(run: Path, shards: tuple[str, ...], json: bool, caption: str | None, k: int) -> None:
     """Measure image-text retrieval.
 
-    Recall at 1, 5 and 10, text to image and image to text.
+    Recall at 1, 5 and 10, text to image and image to text. RUN is the folder of a finished run; SHARDS are tar files,
+    folders of them, or patterns such as {000..003}.tar.
     """
     from vlm.eval.run import evaluate as measure
 
-    measure(run, shards, json=json)
+    measure(run, list(shards), json=json, caption=caption, k=k)
 
 
 @app.command("config")
-def show_config(config: Config, overrides: Overrides = None) -> None:
+@config_argument
+@overrides_argument
+def show_config(config: Path, overrides: tuple[str, ...]) -> None:
     """Check a config and print all its settings."""
     from vlm.config.load import dump, load
     from vlm.config.schema import Run
 
-    typer.echo(dump(load(Run, config, overrides or [])), nl=False)
+    click.echo(dump(load(Run, config, overrides)), nl=False)
 
 
 def main() -> None:
     """Run the verb on the command line; what the user can mend becomes one message instead of a traceback."""
     try:
-        app(prog_name="vlm")
+        sys.exit(app(prog_name="vlm", standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("VLM_TRACEBACK"):
             raise

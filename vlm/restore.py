@@ -29,7 +29,9 @@ class Trained:
 
 def sourced_parts(run: schema.Run) -> set[str]:
     """Parts whose starting weights can be had again: from a hub or a file by name, or from another run."""
-    return set(run.model.init) | ({"vision"} if run.model.vision.weights is not None else set())
+    return {part for part, source in run.model.init.items() if source} | (
+        {"vision"} if run.model.vision.weights is not None else set()
+    )
 
 
 def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> list[str]:
@@ -39,7 +41,9 @@ def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> lis
     """
     lines = []
     for part, source in run.model.init.items():
-        path = next((p for p in (Path(os.path.normpath(folder / source)), Path(source)) if (p / CONFIG).is_file()), None)
+        if source is None:
+            continue
+        path = _find(source, folder)
         if path is None:
             raise ValueError(f"model.init.{part}: '{source}' is not the folder of a run (it has no {CONFIG})")
         other = restore(path)
@@ -48,6 +52,11 @@ def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> lis
             raise ValueError(f"model.init.{part}: {'this model' if module is None else path} has no such part")
         lines.append(_take(module, given.state_dict(), part, path))
     return lines
+
+
+def _find(source: str, folder: Path) -> Path | None:
+    places = (Path(os.path.normpath(folder / source)), Path(source))
+    return next((path for path in places if (path / CONFIG).is_file()), None)
 
 
 def _take(module: nn.Module, given: dict[str, Tensor], part: str, path: Path) -> str:
@@ -81,7 +90,9 @@ def relative_init(run: schema.Run, folder: Path) -> schema.Run:
     """Settings whose `init` folders are told from the run's own, where both lie side by side: such a tree can move."""
     moved = {}
     for part, source in run.model.init.items():
-        path = Path(source).resolve()
+        if source is None:
+            continue
+        path = (_find(source, folder) or Path(source)).resolve()
         beside = path.parent == folder.resolve().parent
         moved[part] = os.path.relpath(path, folder.resolve()) if beside else str(path)
     return run.model_copy(update={"model": run.model.model_copy(update={"init": moved})})

@@ -98,9 +98,7 @@ def test_remembers_keys_of_the_past() -> None:
 def test_rotary_equals_complex_rotation() -> None:
     x = torch.randn(2, 3, 4, 8)
     position = torch.tensor([[0, 1, 2, 3], [5, 9, 40, 100]])
-    torch.testing.assert_close(
-        rotate(x, Rotary(8, 1000.0)(position)), turned(x, position, 1000.0), atol=2e-5, rtol=0
-    )
+    torch.testing.assert_close(rotate(x, Rotary(8, 1000.0)(position)), turned(x, position, 1000.0), atol=2e-5, rtol=0)
 
 
 def test_rotated_products_depend_on_the_distance_alone() -> None:

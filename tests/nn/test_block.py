@@ -54,7 +54,11 @@ def test_norm_placements_by_hand(kind: type[PreNorm], expected: float) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [(PreNorm, 5 + 10 * 10), (PostNorm, 2 * (4 + 4 * 4)), (BranchNorm, 3 + 2 * (3 * 3))],  # from 5, 4, 3 after the mixer
+    [
+        (PreNorm, 5 + 10 * 10),
+        (PostNorm, 2 * (4 + 4 * 4)),
+        (BranchNorm, 3 + 2 * (3 * 3)),
+    ],  # from 5, 4, 3 after the mixer
 )
 def test_a_block_is_mixer_then_ffn(kind: type[PreNorm], expected: float) -> None:
     x = torch.full((1, 1, 1), 1.0)
@@ -91,6 +95,7 @@ def test_cached_equals_uncached_cut_anywhere(kind: type[PreNorm], cut: int, grad
         torch.testing.assert_close(torch.autograd.grad(total, list(stack.parameters())), expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_wrong_positions_would_be_noticed() -> None:
     stack, x = stack_of(), torch.randn(2, S, D)
     first = stack(Tokens.of(x[:, :3]))

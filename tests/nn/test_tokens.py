@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vlm.nn.tokens import Route, Tokens, count_positions
 
-
 Part = tuple[Route, bool, int, list[list[bool]] | None]  # route, causal, length, which tokens are valid (None: all)
 Layout = tuple[int, list[Part], list[list[bool]] | None]  # rows, runs, valid past
 

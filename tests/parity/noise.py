@@ -15,4 +15,4 @@ def noise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> None:
 
 def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest absolute difference."""
-    return float((ours - theirs).abs().max())
+    return float((ours - theirs).detach().abs().max())

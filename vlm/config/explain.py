@@ -37,13 +37,20 @@ _BOUND = {
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> list[str]:
-    """One line `path: mistake` for each mistake, in pydantic's order; what one value violates shares its line."""
+    """One line `path: mistake` for each mistake, in pydantic's order.
+
+    What one value violates shares its line; a check of our own may have found several mistakes, one a line.
+    """
     lines: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         path, message = _line(model, item)
         if message not in lines.setdefault(path, []):
             lines[path].append(message)
-    return [": ".join(filter(None, (path, "; or ".join(messages)))) for path, messages in lines.items()]
+    return [
+        ": ".join(filter(None, (path, line)))
+        for path, messages in lines.items()
+        for line in "; or ".join(messages).splitlines()
+    ]
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
@@ -73,7 +80,7 @@ def _line(model: type[BaseModel], item: ErrorDetails) -> tuple[str, str]:
 def _words(item: ErrorDetails, annotation: Any) -> str:
     kind, found, context = item["type"], _show(item["input"]), item.get("ctx", {})
     if kind in ("value_error", "assertion_error"):
-        return " ".join(str(context["error"]).split())
+        return "\n".join(" ".join(line.split()) for line in str(context["error"]).splitlines())
     if kind in ("literal_error", "enum"):
         return f"expected {context['expected']}, got {found}{nearest(item['input'], _literals(annotation))}"
     if kind in _BOUND:

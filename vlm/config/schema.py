@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 Part = Literal["vision", "connector", "text", "language", "contrast", "match"]
 
@@ -17,7 +18,7 @@ Part = Literal["vision", "connector", "text", "language", "contrast", "match"]
 class Section(BaseModel):
     """Settings that belong together: no unknown name passes, nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -26,6 +27,7 @@ class Section(BaseModel):
 class VisionBase(Section):
     """What every image encoder has."""
 
+    kind: str
     name: str = Field(description="model name of the library")
     weights: str | None = Field(None, description="pretrained tag, file, or null for random")
     layer: int = Field(-1, description="-1: normalised output; -2: output of the last block but one (LLaVA)")
@@ -82,7 +84,7 @@ class QFormerConnector(Section):
     hidden: Positive | None = Field(None, description="width inside the FFN; 4 dim unless given")
     cross_every: Positive = Field(2, description="cross-attention in every k-th block")
     text: bool = Field(True, description="text branch: stage 1 needs it, stage 2 does not")
-    dropout: Fraction = 0.1
+    dropout: BelowOne = 0.1
 
 
 Connector = Annotated[LinearConnector | MlpConnector | PoolConnector | QFormerConnector, Field(discriminator="kind")]
@@ -96,7 +98,7 @@ class TextTower(Section):
     heads: Positive = 8
     hidden: Positive | None = None
     activation: Literal["gelu", "quick_gelu"] = "gelu"
-    dropout: Fraction = 0.0
+    dropout: BelowOne = 0.0
 
 
 class AttentionMixer(Section):
@@ -124,7 +126,7 @@ class TransformerLanguage(Section):
     mixer: AttentionMixer = AttentionMixer()
     ffn: GatedMlpFfn = GatedMlpFfn()
     tied: bool = True
-    dropout: Fraction = 0.0
+    dropout: BelowOne = 0.0
 
 
 class Model(Section):
@@ -136,8 +138,8 @@ class Model(Section):
     language: TransformerLanguage | None = None
     embed_dim: Positive = Field(256, description="width of the contrastive space")
     temperature: float = Field(0.07, gt=0, description="where the learned temperature starts")
-    init: dict[Part, str] = Field(
-        default_factory=dict, description="parts whose weights come from another run's folder"
+    init: dict[Part, str | None] = Field(
+        default_factory=dict, description="parts whose weights come from the folder of another run"
     )
 
 
@@ -241,7 +243,7 @@ class Group(Section):
     """Parameters by name; the first pattern that matches a parameter decides."""
 
     match: str = Field(description="regular expression on the whole name")
-    lr: float | None = Field(description="peak learning rate; null freezes")
+    lr: float | None = Field(gt=0, description="peak learning rate; null freezes")
     weight_decay: float | None = Field(None, ge=0, description="train.weight_decay unless given")
 
 
@@ -253,7 +255,7 @@ class Train(Section):
     accumulate: Positive = Field(1, description="forward passes per step")
     params: list[Group] = Field([Group(match=".*", lr=1e-4)], description="who learns, and how fast", min_length=1)
     weight_decay: float = Field(0.05, ge=0, description="on matrices; never on biases, norms and single vectors")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
     final_lr: Fraction = Field(0.0, description="the cosine's end, as a fraction of the peak")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -280,7 +282,7 @@ class Run(Section):
     def _parts_fit_losses(self) -> "Run":
         problems = list(_misfits(self))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
 

@@ -230,13 +230,13 @@ class Augment:
 
     def _theta(self, draws: "_Draws", height: int, width: int) -> Float[Tensor, "B 2 3"]:
         area = draws.uniform(0, *self.scale)
-        stretch = ((2 * draws.uniform(1, 0, 1) - 1) * math.log1p(self.ratio)).exp()
+        stretch = draws.around(1, math.log1p(self.ratio)).exp()
         largest = max(1.0, math.sqrt(self.scale[1]))  # the ratio alone must not push the cut over the edge
         cut_w, cut_h = (area * stretch).sqrt().clamp(max=largest), (area / stretch).sqrt().clamp(max=largest)
         angle = draws.around(2, self.rotate) * (math.pi / 180)
         mirror = torch.where(draws.chance(3, 0.5 if self.flip else 0.0), -1.0, 1.0)
-        left = draws.around(4, 1) * (1 - cut_w).abs() + draws.around(5, 2 * self.shift)
-        top = draws.around(6, 1) * (1 - cut_h).abs() + draws.around(7, 2 * self.shift)
+        left = draws.around(4, 1.0) * (1 - cut_w).abs() + draws.around(5, 2 * self.shift)
+        top = draws.around(6, 1.0) * (1 - cut_h).abs() + draws.around(7, 2 * self.shift)
         return affine(angle, cut_w * mirror, cut_h, left, top, width / height)
 
     def _colour(self, draws: "_Draws", images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, Tensor]:
@@ -256,13 +256,13 @@ class Augment:
 
     def _erase(self, draws: "_Draws", images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         area = draws.uniform(23, *self.erase_area)
-        stretch = ((2 * draws.uniform(24, 0, 1) - 1) * math.log(3)).exp()
+        stretch = draws.around(24, math.log(3)).exp()
         inside = draws.chance(25, self.erase)[:, None, None]
         for axis, side, row in (
             (1, (area * stretch).sqrt().clamp(max=1), 26),
             (2, (area / stretch).sqrt().clamp(max=1), 27),
         ):
-            start = draws.uniform(row, 0, 1) * (1 - side)
+            start = draws.uniform(row, 0.0, 1.0) * (1 - side)
             count = images.shape[axis + 1]
             place = (torch.arange(count, device=images.device) + 0.5) / count
             along = (place >= start[:, None]) & (place < (start + side)[:, None])

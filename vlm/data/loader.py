@@ -93,8 +93,9 @@ class Loader:
         shuffle: bool = True,
     ) -> None:
         """Nothing is read before the first batch."""
-        for name, value, least in (("batch_size", batch_size, 1), ("captions_per_image", captions_per_image, 0)):
-            if value < least:
+        numbers = {"captions_per_image": captions_per_image, "workers": workers, "cache_mb": cache_mb}
+        for name, value in ({"batch_size": batch_size} | numbers).items():
+            if value < (least := int(name == "batch_size")):
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed}: must be from 0 to 2**63 - 1")

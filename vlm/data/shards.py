@@ -3,6 +3,7 @@
 import difflib
 import glob
 import json
+import logging
 import os
 import re
 import tarfile
@@ -25,6 +26,8 @@ MAX_BYTES = 2**28  # of one member; a larger one is damage or no picture
 MAX_CHARACTERS = 10_000  # of one caption; the rest could never be used
 MIN_SEEN = 100  # samples before the share of bad ones means something
 _BLOCK = 512
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,8 @@ class Shards:
 
     `image`: suffixes, `caption`: "txt" (one caption a line) or "json:FIELD" (a string or a list), first found wins.
     `id_field`: json field that says which samples show the same thing; the key without one.
-    A shard that is truncated, damaged or repeats a key is refused (ValueError). Incomplete samples are counted in
-    `bad`; more than `max_bad_fraction` of them, or none usable, is refused too.
+    Incomplete samples are counted in `bad`, and so is a shard that is cut off or damaged, of which the samples before
+    the damage are used. ValueError: a repeated key, more than `max_bad_fraction` bad ones, no usable sample at all.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Shards:
         """Read the index of every shard (headers only)."""
         self.files = expand(spec)
         self.bad: Counter[str] = Counter()
+        self._damage: list[str] = []
         self.max_bad_fraction = max_bad_fraction
         self._images = [suffix.strip().lower() for suffix in image.split(";")]
         self._captions = _parse_caption(caption)
@@ -229,7 +233,7 @@ class Shards:
         stat = file.stat()
         finished: set[str] = set()
         key, members = "", dict[str, tuple[int, int]]()
-        for name, offset, size in _members(file):
+        for name, offset, size in _members(file, self._damage):
             stem, _, suffix = name.rpartition("/")[2].partition(".")
             if not stem or not suffix:
                 continue  # no sample by webdataset's rule: README, hidden files
@@ -244,7 +248,10 @@ class Shards:
                 )
             members[suffix] = offset, size
             seen[suffix] += 1
-        self._finish(number, key, members, table)
+        if self._damage and self._damage[-1].startswith(f"{file}: "):
+            self._finish_damaged(number, key, members, table)
+        else:
+            self._finish(number, key, members, table)
         return stat.st_size, stat.st_mtime_ns
 
     def _finish(self, number: int, key: str, members: dict[str, tuple[int, int]], table: _Table) -> None:
@@ -259,6 +266,12 @@ class Shards:
         else:
             table.add(number, key, members)
 
+    def _finish_damaged(self, number: int, key: str, members: dict[str, tuple[int, int]], table: _Table) -> None:
+        before = self.bad.copy()
+        self._finish(number, key, members, table)  # it may lack only what nobody asks for
+        self.bad = before + Counter({"damaged shard": 1})
+        log.warning("%s; the samples before that are used", self._damage[-1])
+
     def _refuse_repeats(self, hashes: npt.NDArray[np.int64]) -> None:
         order = np.argsort(hashes, kind="stable")
         for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
@@ -272,6 +285,8 @@ class Shards:
     def _refuse_unusable(self, seen: Counter[str]) -> None:
         names = f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
         wanted = f"image={';'.join(self._images)!r}, caption={self._caption_spec()!r}"
+        if not len(self) and self._damage:
+            raise ValueError("\n".join([*self._damage[:5], f"{names}: no sample with picture and caption before that"]))
         if not len(self):
             found = ", ".join(f"{suffix} ({count})" for suffix, count in seen.most_common(12)) or "no members at all"
             raise ValueError(
@@ -310,16 +325,19 @@ def check_bad(bad: Counter[str], seen: int, limit: float, where: str) -> None:
         )
 
 
-def _members(file: Path) -> Iterator[tuple[str, int, int]]:
+def _members(file: Path, damage: list[str]) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each regular file in a tar; links, devices and folders are passed over.
 
-    ValueError when the tar is cut off or damaged anywhere outside its files' contents.
+    Ends early, with a message added to `damage`, where the tar is cut off or damaged outside its files' contents.
+    ValueError when it cannot be read at all.
     """
-    end = 0
+    end, whole = 0, file.stat().st_size
     try:
         with tarfile.open(file, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                if member.isreg() and member.offset_data + member.size > whole:
+                    raise tarfile.ReadError(f"{member.name!r} is not all there")
                 end = tar.offset
                 if member.isreg() and not member.issparse():
                     yield member.name, member.offset_data, member.size
@@ -327,20 +345,21 @@ def _members(file: Path) -> Iterator[tuple[str, int, int]]:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise ValueError(f"{file}: {_damage(file, end)} ({error})") from None
+        damage.append(f"{file}: {_damage(file, end)} ({error})")
+        return
     # tarfile takes a damaged header for the end of the archive; the real end is marked by two blocks of zeros.
     with file.open("rb") as handle:
         handle.seek(end)
         mark = handle.read(2 * _BLOCK)
     if mark != bytes(2 * _BLOCK):
-        raise ValueError(f"{file}: {_damage(file, end)}")
+        damage.append(f"{file}: {_damage(file, end)}")
 
 
 def _damage(file: Path, end: int) -> str:
     with file.open("rb") as handle:
         start = handle.read(4)
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
-        return "is compressed, which allows no random access; unpack it to a plain .tar"
+        raise ValueError(f"{file}: is compressed, which allows no random access; unpack it to a plain .tar")
     if not end:
         return "is not a tar file, or its very beginning is damaged; fetch or write it anew"
     return f"is cut off or damaged at or after byte {end} of {file.stat().st_size}; fetch or write it anew"

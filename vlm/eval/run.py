@@ -19,6 +19,7 @@ from vlm.model.generate import Sampling
 from vlm.nn.backend import best_device, fast_float32
 from vlm.restore import Trained, restore
 
+BATCH = 32  # pictures captioned together
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -80,40 +81,61 @@ def _values(summary: Summary, measures: Sequence[str]) -> list[str]:
 
 
 def caption(
-    run: Path, images: Sequence[str], json: bool = False, sampling: Sampling | None = None, batch: int = 32
+    run: Path,
+    images: Sequence[str],
+    json: bool = False,
+    max_new: int | None = None,
+    min_new: int = 0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
 ) -> None:
-    """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1."""
+    """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1.
+
+    `max_new`: tokens of the longest caption, `data.max_tokens` of the run unless given; the rest as in `Sampling`.
+    """
+    Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
     paths = list(find_images(images))
     trained = restore(run, best_device())
+    longest = trained.run.data.max_tokens if max_new is None else max_new
+    sampling = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
+    generator = torch.Generator(best_device()).manual_seed(seed)
     bad = 0
-    for start in range(0, len(paths), batch):
-        kept, pixels = [], []
-        for path in paths[start : start + batch]:
-            try:
-                pixels.append(trained.model.vision.transform(decode(path.read_bytes())))
-                kept.append(path)
-            except (BadSample, OSError) as error:
-                bad += 1
-                print(f"vlm: {path}: {error}", file=sys.stderr)
-        if kept:
-            for path, text in zip(kept, captions(trained, torch.stack(pixels), sampling), strict=True):
-                print(
-                    jsonlib.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
-                    if json
-                    else f"{path}\t{text}"
-                )
+    for start in range(0, len(paths), BATCH):
+        readable, pixels = _read(trained, paths[start : start + BATCH])
+        bad += len(paths[start : start + BATCH]) - len(readable)
+        said = captions(trained, torch.stack(pixels), sampling, generator) if pixels else []
+        for path, text in zip(readable, said, strict=True):
+            record = jsonlib.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
+            print(record if json else f"{path}\t{text}", flush=True)
     if bad:
         print(f"vlm: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)
         raise SystemExit(1)
 
 
-def captions(trained: Trained, images: Tensor, sampling: Sampling | None = None) -> list[str]:
+def _read(trained: Trained, paths: Sequence[Path]) -> tuple[list[Path], list[Tensor]]:
+    readable, pixels = [], []
+    for path in paths:
+        try:
+            pixels.append(trained.model.vision.transform(decode(path.read_bytes())))
+            readable.append(path)
+        except (BadSample, OSError) as error:
+            print(f"vlm: {path}: {error}", file=sys.stderr)
+    return readable, pixels
+
+
+def captions(
+    trained: Trained, images: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+) -> list[str]:
     """Captions of normalised images, B 3 H W."""
     data = trained.run.data
     device = next(trained.model.parameters()).device
-    chosen = Sampling(max_new=data.max_tokens) if sampling is None else sampling
     with fast_float32():
-        return describe(trained.model, trained.tokenizer, images.to(device), data.prompt, data.max_tokens, chosen)
+        return describe(
+            trained.model, trained.tokenizer, images.to(device), data.prompt, data.max_tokens, sampling, generator
+        )
 
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:

@@ -24,7 +24,9 @@ def contrastive(
     BLIP-2's (Li et al. 2023, arXiv 2301.12597). `logits` are similarities divided by the temperature.
     Every image and every text must have a positive.
     """
-    return (_cross_entropy(logits, positive, label_smoothing) + _cross_entropy(logits.T, positive.T, label_smoothing)) / 2
+    return (
+        _cross_entropy(logits, positive, label_smoothing) + _cross_entropy(logits.T, positive.T, label_smoothing)
+    ) / 2
 
 
 def _cross_entropy(logits: Tensor, positive: Tensor, smoothing: float) -> Tensor:
@@ -42,5 +44,3 @@ def chance(images: int, texts: int) -> float:
 def inverse_temperature(log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The inverse temperature, kept at 100 or less as CLIP does."""
     return log_scale.clamp(max=math.log(100)).exp()
-
-

@@ -22,9 +22,7 @@ def supervised(
     return hidden[:, :-1][chosen], following[chosen]
 
 
-def language(
-    logits: Float[Tensor, "K V"], target: Int[Tensor, "K"], label_smoothing: float = 0.0
-) -> Float[Tensor, ""]:
+def language(logits: Float[Tensor, "K V"], target: Int[Tensor, "K"], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
     """Mean cross-entropy per supervised token; a batch without one is an error, not a zero."""
     if target.numel() == 0:
         raise ValueError("this batch has no supervised token: every caption is empty or was cut away by max_tokens")

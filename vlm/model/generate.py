@@ -33,10 +33,10 @@ class Sampling:
             for bad, message in [
                 (self.max_new < 1, f"max_new={self.max_new}: at least 1"),
                 (not 0 <= self.min_new <= self.max_new, f"min_new={self.min_new}: between 0 and max_new"),
-                (self.temperature < 0, f"temperature={self.temperature}: 0 (greedy) or more"),
+                (not self.temperature >= 0, f"temperature={self.temperature}: 0 (greedy) or more"),
                 (self.top_k is not None and self.top_k < 1, f"top_k={self.top_k}: at least 1"),
                 (self.top_p is not None and not 0 < self.top_p <= 1, f"top_p={self.top_p}: above 0, at most 1"),
-                (self.repetition_penalty <= 0, f"repetition_penalty={self.repetition_penalty}: above 0"),
+                (not self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: above 0"),
             ]
             if bad
         ]
@@ -59,8 +59,8 @@ def generate(
     `logits` and `state` are those after the prompt; `step` takes one token per row (B 1) and gives the next.
     `prompt` counts for the repetition penalty only; negative ids in it (image placeholders, padding) do not.
     """
-    used = torch.zeros_like(logits, dtype=torch.bool)
-    used.scatter_(1, prompt.clamp_min(0), prompt >= 0)
+    # Counted, not set: a negative id would take back what a real id 0 in the same row had marked.
+    used = torch.zeros_like(logits, dtype=torch.long).scatter_add_(1, prompt.clamp_min(0), (prompt >= 0).long()) > 0
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     columns: list[Tensor] = []
     for made in range(sampling.max_new):
@@ -85,9 +85,7 @@ def choose(
 ) -> Int[Tensor, "B"]:
     """The next token of each row; `used` marks tokens that the repetition penalty (arXiv 1909.05858) acts on."""
     if sampling.repetition_penalty != 1.0:
-        penalised = torch.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
         logits = torch.where(used, penalised, logits)
     if forbidden is not None:
         logits = logits.clone()

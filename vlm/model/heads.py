@@ -16,9 +16,7 @@ from vlm.loss.contrastive import inverse_temperature, similarity
 class ContrastiveHead(nn.Module):
     """Projects images and texts into one space of unit vectors and holds the temperature between them."""
 
-    def __init__(
-        self, image_dim: int, text_dim: int, dim: int, temperature: float = 0.07, bias: bool = False
-    ) -> None:
+    def __init__(self, image_dim: int, text_dim: int, dim: int, temperature: float = 0.07, bias: bool = False) -> None:
         """`temperature` is where it starts; it is learned."""
         super().__init__()
         self.image = nn.Linear(image_dim, dim, bias=bias)

@@ -110,9 +110,8 @@ def splice(
     Every row must hold as many placeholders as there are image tokens.
     """
     slots = ids == image_id
-    found = int(slots.sum())
-    if found != image.shape[0] * image.shape[1]:
-        raise ValueError(f"{found} image placeholders in the text for {image.shape[0] * image.shape[1]} image tokens")
+    found: list[int] = slots.sum(1).tolist()
+    if found != [image.shape[1]] * len(image):
+        tokens = f"{len(image)} images of {image.shape[1]} tokens each"
+        raise ValueError(f"image placeholders in the rows of the text: {found}, for {tokens}")
     return embedded.masked_scatter(slots[..., None], image.to(embedded.dtype))
-
-

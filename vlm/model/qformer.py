@@ -78,24 +78,26 @@ class QFormer(nn.Module):
 
     def query(self, image: ImageMemory, batch: int) -> Output:
         """The queries alone; `state` of the result lets texts continue from it (`write`)."""
-        return self.stack(self._queries(batch), image)
+        out: Output = self.stack(self._queries(batch), image)
+        return out
 
     def read(self, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"]) -> Float[Tensor, "M T D"]:
         """A text alone, bidirectional."""
-        return self.stack(self._words(ids, valid, causal=False)).hidden
+        hidden: Tensor = self.stack(self._words(ids, valid, causal=False)).hidden
+        return hidden
 
-    def fuse(
-        self, image: ImageMemory, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"]
-    ) -> Float[Tensor, "M Q D"]:
+    def fuse(self, image: ImageMemory, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"]) -> Float[Tensor, "M Q D"]:
         """Queries and text seeing each other; row m of `image` belongs to text m."""
         both = self._queries(len(ids)).concat(self._words(ids, valid, causal=False))
-        return self.stack(both, image).hidden[:, : self.tokens]
+        hidden: Tensor = self.stack(both, image).hidden
+        return hidden[:, : self.tokens]
 
     def write(
         self, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"], state: State, start: Int[Tensor, "M"] | None = None
     ) -> Output:
         """Text after queries (and text) that `state` remembers, causal; `start`: position of the first token."""
-        return self.stack(self._words(ids, valid, causal=True, start=start), None, state)
+        out: Output = self.stack(self._words(ids, valid, causal=True, start=start), None, state)
+        return out
 
     def logits(self, hidden: Float[Tensor, "*K D"]) -> Float[Tensor, "*K V"]:
         """Next-token logits of `write`'s hidden states."""

@@ -55,5 +55,5 @@ class TextEncoder(nn.Module):
             raise ValueError(f"a text of {ids.shape[1]} tokens is longer than the text encoder's {self.max_tokens}")
         x = self.embedding(ids) + self.position[: ids.shape[1]]
         # Nothing later is seen (causal) and the padding is on the right, so no mask is needed for it.
-        hidden = self.stack(Tokens.of(x, causal=True)).hidden
+        hidden: Tensor = self.stack(Tokens.of(x, causal=True)).hidden
         return hidden[torch.arange(len(ids), device=ids.device), valid.sum(1) - 1]

@@ -1,8 +1,9 @@
-"""Image encoders: any model of open_clip or timm as `images -> tokens`, with its own transform, layer choice and freezing.
+"""Image encoders: any model of open_clip or timm as `images -> tokens`, with its transform, layer choice and freezing.
 
 Letters: B batch, N image tokens, C image width.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +11,12 @@ import open_clip
 import timm
 import torch
 from jaxtyping import Float
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm.data.image import ImageTransform
-from vlm.model.weights.files import load_into
+from vlm.model.weights.files import load_into, read
 
 ClassToken = Literal["keep", "drop"]
 
@@ -38,6 +40,7 @@ class ImageEncoder(nn.Module):
             self.requires_grad_(False).eval()
         if dtype is not None:
             self.backbone.to(dtype)
+        self.backbone.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """Stays in evaluation mode when frozen, whatever the model around it does."""
@@ -46,15 +49,19 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
         """Image tokens in fp32 (in autocast's dtype while that is on)."""
+        # The layout in which convolutions are fastest; other arithmetic does not mind.
+        images = images.contiguous(memory_format=torch.channels_last)
+        out: Tensor
         if not self.frozen:
-            out: Tensor = self.backbone(images)
+            out = self.backbone(images)
             return out
         with torch.no_grad():
             if self.dtype is None:
                 out = self.backbone(images)
                 return out
             with torch.autocast(images.device.type, enabled=False):
-                return self.backbone(images.to(self.dtype)).to(images.dtype)
+                out = self.backbone(images.to(self.dtype))
+                return out.to(images.dtype)
 
 
 def _output_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
@@ -73,6 +80,8 @@ def _output_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
 
 class TimmBackbone(nn.Module):
     """A timm model; grids become rows of tokens."""
+
+    model: Any  # timm's models share their methods by convention, not by a type
 
     def __init__(self, model: nn.Module, layer: int = -1, class_token: ClassToken = "keep") -> None:
         """`layer`: -1 is the normalised output; another index is the output of that block, without the final norm."""
@@ -102,6 +111,8 @@ class TimmBackbone(nn.Module):
 
 class OpenClipBackbone(nn.Module):
     """The image tower of an open_clip model (its own ViT or ResNet)."""
+
+    visual: Any  # open_clip's image towers share their methods by convention, not by a type
 
     def __init__(self, visual: nn.Module, layer: int = -1, class_token: ClassToken = "keep") -> None:
         """`layer`: -1 is the last block after `ln_post`; another index is that block's raw output (LLaVA: -2)."""
@@ -142,31 +153,34 @@ def timm_encoder(
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:8]
+        near = get_close_matches(architecture, timm.list_models(), n=8)
         raise ValueError(f"model.vision.name: timm has no model '{name}'; near: {', '.join(near) or 'none'}")
-    options = dict(args or {})
-    if image_size is not None and _takes(architecture, "img_size"):
-        options["img_size"] = image_size
+    tags = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
     from_file = weights is not None and Path(weights).is_file()
+    if weights is not None and not from_file and weights not in ("default", *tags):
+        raise ValueError(
+            f"model.vision.weights: '{weights}' is neither a file nor a pretrained tag of timm's {architecture} "
+            f"({', '.join(tags) or 'it has none'})"
+        )
     tagged = name if weights is None or from_file or weights == "default" else f"{architecture}.{weights}"
-    model = timm.create_model(tagged, pretrained=weights is not None and not from_file, num_classes=0, **options)
+    model: Any = timm.create_model(
+        tagged, pretrained=weights is not None and not from_file, num_classes=0, **(args or {})
+    )
     if from_file:
         assert weights is not None
         load_into(model, Path(weights), optional=_classifier_keys(model))
+    if image_size is not None and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(image_size, image_size))
     return ImageEncoder(TimmBackbone(model, layer, class_token), _timm_transform(model, image_size), frozen, dtype)
 
 
-def _takes(architecture: str, option: str) -> bool:
-    return option == "img_size" and architecture.startswith(("vit", "deit", "eva", "beit", "swin", "cait", "mixer"))
-
-
-def _classifier_keys(model: nn.Module) -> tuple[str, ...]:
+def _classifier_keys(model: Any) -> tuple[str, ...]:
     names = model.default_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _timm_transform(model: nn.Module, image_size: int | None) -> ImageTransform:
-    config = timm.data.resolve_model_data_config(model)
+def _timm_transform(model: Any, image_size: int | None) -> ImageTransform:
+    config = resolve_model_data_config(model)
     size = config["input_size"][1:] if image_size is None else (image_size, image_size)
     bilinear = config["interpolation"] == "bilinear"
     return ImageTransform(
@@ -193,7 +207,7 @@ def open_clip_encoder(
     `weights`: None (random), a file, or a pretrained tag (fetched from the hub). Errors: unknown name or tag.
     """
     if name not in open_clip.list_models():
-        near = [model for model in open_clip.list_models() if model.split("-")[0] == name.split("-")[0]][:8]
+        near = get_close_matches(name, open_clip.list_models(), n=8)
         raise ValueError(f"model.vision.name: open_clip has no model '{name}'; near: {', '.join(near) or 'none'}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights is not None and not Path(weights).is_file() and weights not in tags:
@@ -201,8 +215,26 @@ def open_clip_encoder(
             f"model.vision.weights: '{weights}' is neither a file nor a pretrained tag of open_clip's {name} "
             f"({', '.join(tags) or 'it has none'})"
         )
-    model = open_clip.create_model(name, pretrained=weights, force_image_size=image_size, weights_only=True)
+    file = Path(weights) if weights is not None and weights not in tags else None
+    model = open_clip.create_model(
+        name,
+        pretrained=weights if file is None else None,
+        force_image_size=image_size,
+        weights_only=True,
+        device=torch.get_default_device(),
+    )
+    if file is not None:
+        _load_open_clip(model, file)
     return from_open_clip(model, layer, class_token, frozen, dtype)
+
+
+def _load_open_clip(model: nn.Module, file: Path) -> None:
+    """By open_clip's own loader, which knows older layouts and other image sizes."""
+    read(file)  # for its errors alone: what is damaged, or could run code
+    try:
+        open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit this model: {error}") from None
 
 
 def from_open_clip(

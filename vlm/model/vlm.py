@@ -4,13 +4,14 @@ Letters: B images, N image tokens, Q connector tokens, M texts, T text tokens, E
 """
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlm.data.batch import Text
+from vlm.data.image import ImageTransform
 from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import Decoder, splice
 from vlm.model.qformer import QFormer
@@ -39,6 +40,31 @@ class Seen:
         )
 
 
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """What is asked of an image encoder; a module of the user's own fits without registering anything."""
+
+    transform: ImageTransform
+    dim: int
+    tokens: int
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
+        """Image tokens."""
+        ...
+
+
+@runtime_checkable
+class Connector(Protocol):
+    """What is asked of a connector."""
+
+    dim: int
+    tokens: int
+
+    def __call__(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
+        """Tokens for whatever reads the image."""
+        ...
+
+
 class VisionLanguageModel(nn.Module):
     """Any system made of these parts; a part that a system lacks is None, and what needs it says so.
 
@@ -48,8 +74,8 @@ class VisionLanguageModel(nn.Module):
 
     def __init__(
         self,
-        vision: nn.Module,
-        connector: nn.Module,
+        vision: ImageEncoder,
+        connector: Connector,
         text: TextEncoder | None = None,
         language: Decoder | None = None,
         contrast: ContrastiveHead | None = None,
@@ -79,6 +105,7 @@ class VisionLanguageModel(nn.Module):
 
     def embed_text(self, text: Text) -> Float[Tensor, "M E"]:
         """Unit vectors for contrastive similarity."""
+        feature: Tensor
         if self.text is not None:
             feature = self.text(text.ids, text.valid)
         else:
@@ -89,7 +116,8 @@ class VisionLanguageModel(nn.Module):
         """Do row m's image and text m belong together? Two logits: apart, together."""
         qformer = self._qformer("ITM")
         assert seen.memory is not None
-        return need(self.match, "matching head")(qformer.fuse(seen.memory, text.ids, text.valid))
+        logits: Tensor = need(self.match, "matching head")(qformer.fuse(seen.memory, text.ids, text.valid))
+        return logits
 
     def write(self, seen: Seen, text: Text) -> Float[Tensor, "M T D"]:
         """Hidden states of text m after row m's image: what `logits` turns into next-token logits."""
@@ -101,9 +129,10 @@ class VisionLanguageModel(nn.Module):
             x = splice(self.language.embed(text.ids), text.ids, seen.soft, IMAGE_ID)
             out = self.language(Tokens.of(x, causal=True, valid=text.valid))
             return out.hidden, out.state
+        qformer = self._qformer("LM without a language model")
         assert seen.state is not None
         start = torch.zeros_like(seen.state.position)
-        out = self._qformer("LM without a language model").write(text.ids, text.valid, seen.state, start)
+        out = qformer.write(text.ids, text.valid, seen.state, start)
         return out.hidden, replace(out.state, position=count_positions(text.valid).amax(1) + 1)
 
     def proceed(self, ids: Int[Tensor, "M 1"], state: State) -> tuple[Float[Tensor, "M V"], State]:
@@ -113,7 +142,10 @@ class VisionLanguageModel(nn.Module):
             tokens = Tokens.of(self.language.embed(ids), causal=True, position=state.position[:, None])
             out = self.language(tokens, state)
         else:
-            out = self._qformer("LM without a language model").write(ids, valid, state, state.position)
+            qformer = self._qformer("LM without a language model")
+            if qformer.text is not None and int(state.position.max()) >= qformer.text.max_tokens:
+                raise ValueError(f"this Q-Former writes at most {qformer.text.max_tokens} tokens: lower max_new")
+            out = qformer.write(ids, valid, state, state.position)
         return self.logits(out.hidden[:, -1]), out.state
 
     def logits(self, hidden: Float[Tensor, "*K D"]) -> Float[Tensor, "*K V"]:
@@ -125,7 +157,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def image_tokens(self) -> int:
         """Placeholders that one image takes in the text of the language model; 0 where text follows queries."""
-        return int(self.connector.tokens) if self.language is not None else 0
+        return self.connector.tokens if self.language is not None else 0
 
     def _qformer(self, purpose: str) -> QFormer:
         if not isinstance(self.connector, QFormer):

@@ -110,7 +110,8 @@ class ImageKeyValue(NamedTuple):
 
 def split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S K"]:
     """B S (H K) to B H S K."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def merge_heads(x: Float[Tensor, "B H S K"]) -> Float[Tensor, "B S D"]:

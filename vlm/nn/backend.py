@@ -38,18 +38,19 @@ def fast_float32() -> Iterator[None]:
 
 @contextmanager
 def _allowed(precision: str) -> Iterator[None]:
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = precision
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch sets it when imported
+    before = switch.fp32_precision
+    switch.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        switch.fp32_precision = before
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Has the device instructions for bf16 products? Without them bf16 is emulated and slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -90,7 +90,7 @@ class Block(nn.Module):
         """`ffn` may be `PerRoute`; the residuals hold the norms."""
         super().__init__()
         self.mixer, self.mixer_residual = mixer, mixer_residual
-        self.cross = cross
+        self.cross: Cross | None = cross
         self.ffn, self.ffn_residual = ffn, ffn_residual
 
     def forward(
@@ -135,7 +135,8 @@ class Stack(nn.Module):
 
     def look(self, image: Float[Tensor, "B N C"]) -> ImageMemory:
         """Keys and values of an image for every cross-attention, to be made once and used by many passes."""
-        return ImageMemory(tuple(None if b.cross is None else b.cross.attention.project(image) for b in self.blocks))
+        crosses = [block.cross for block in self.blocks if isinstance(block, Block)]
+        return ImageMemory(tuple(None if cross is None else cross.attention.project(image) for cross in crosses))
 
     def forward(self, tokens: Tokens, image: ImageMemory | None = None, state: State | None = None) -> Output:
         """Runs tokens after those that `state` remembers."""

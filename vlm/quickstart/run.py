@@ -17,12 +17,13 @@ import torch
 from vlm import __version__
 from vlm.config import schema
 from vlm.config.load import load
+from vlm.data.image import decode
 from vlm.data.shards import Shards
 from vlm.eval.caption import cider_d, exact, identical, mean_words
-from vlm.eval.run import captions, retrieval
 from vlm.eval.report import Card, Curves, Gallery, Page, Table, retrieval_tables, write_page
-from vlm.data.image import decode
-from vlm.nn.backend import best_device, bfloat16_is_fast, onednn_is_exact
+from vlm.eval.run import captions, retrieval
+from vlm.model.generate import Sampling
+from vlm.nn.backend import best_device
 from vlm.restore import Trained, restore
 from vlm.train.log import note, read_metrics
 from vlm.train.run import train_run
@@ -67,7 +68,9 @@ def _clear(out: Path, overwrite: bool) -> None:
     names = [*STAGES, "metrics.json", "report.html"]
     held = [name for name in names if (out / name).exists()]
     if held and not overwrite:
-        raise ValueError(f"{out} holds an earlier quickstart ({', '.join(held)}): choose another --out, or --overwrite it")
+        raise ValueError(
+            f"{out} holds an earlier quickstart ({', '.join(held)}): choose another --out, or --overwrite it"
+        )
     for name in held:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
 
@@ -101,7 +104,7 @@ def _captions(trained: Trained) -> tuple[dict[str, float], list[Card]]:
     source = Shards([str(TEST)], caption="json:captions", id_field="hexcode")
     samples = [source.raw(i) for i in range(len(source))]
     pixels = [trained.model.vision.transform(decode(sample.image)) for sample in samples]
-    said = [text for part in torch.stack(pixels).split(128) for text in captions(trained, part)]
+    said = [text for part in torch.stack(pixels).split(128) for text in captions(trained, part, Sampling(max_new=24))]
     names = [str(sample.fields["caption"]) for sample in samples]
     every = max(1, len(samples) // SHOWN)
     cards = [
@@ -126,8 +129,8 @@ def _page(out: Path, metrics: dict[str, Any], cards: list[Card]) -> Page:
     credits = [" · ".join(part.strip() for part in line.strip("|").split("|")) for line in credit.splitlines()[4:9]]
     return Page(
         title="vlm quickstart",
-        intro="An image encoder, a Q-Former and a caption decoder, trained from random weights on 1,509 small pictures in "
-        "three drawing styles, and tested on the same concepts in a style that none of them has seen.",
+        intro="An image encoder, a Q-Former and a caption decoder, trained from random weights on 1,509 small pictures "
+        "in three drawing styles, and tested on the same concepts in a style that none of them has seen.",
         facts=[
             ("time", f"{seconds['total'] / 60:.1f} min"),
             ("pictures tested", str(counts["images"])),
@@ -135,8 +138,12 @@ def _page(out: Path, metrics: dict[str, Any], cards: list[Card]) -> Page:
             ("CIDEr-D", f"{written['cider_d']:.2f}"),
         ],
         sections=[
-            *retrieval_tables(measured, metrics["chance"], f"ITM re-orders the best {counts['rerank_k']} of each query."),
-            Gallery("Captions in the unseen style", cards, f"Every {counts['images'] // SHOWN}th picture, as it comes."),
+            *retrieval_tables(
+                measured, metrics["chance"], f"ITM re-orders the best {counts['rerank_k']} of each query."
+            ),
+            Gallery(
+                "Captions in the unseen style", cards, f"Every {counts['images'] // SHOWN}th picture, as it comes."
+            ),
             *(_curves(out / name, name) for name in STAGES),
             Table("Time", ["stage", "seconds"], [[name, f"{seconds[name]:.0f}"] for name in STAGES]),
         ],
@@ -157,7 +164,7 @@ def _curves(run: Path, title: str) -> Curves:
 
 
 def _summary(out: Path, metrics: dict[str, Any]) -> None:
-    rows = [("", "R@1", "R@5", "R@10")]
+    rows: list[tuple[str, ...]] = [("", "R@1", "R@5", "R@10")]
     for way, arrow in (("t2i", "text → image"), ("i2t", "image → text")):
         for key, name in (("itc", "ITC"), ("itm", "re-ranked by ITM")):
             values = metrics["retrieval"][key][way]
@@ -167,5 +174,6 @@ def _summary(out: Path, metrics: dict[str, Any]) -> None:
     width = max(len(row[0]) for row in rows)
     print("\n".join(row[0].ljust(width) + "".join(cell.rjust(8) for cell in row[1:]) for row in rows))
     written = metrics["captions"]
-    print(f"captions: {written['exact_name']:.1f} % exact names, CIDEr-D {written['cider_d']:.2f} ({written['count']} pictures)")
+    cider = f"CIDEr-D {written['cider_d']:.2f}"
+    print(f"captions: {written['exact_name']:.1f} % exact names, {cider} ({written['count']} pictures)")
     print(f"{metrics['seconds']['total'] / 60:.1f} minutes; open {out / 'report.html'}")

@@ -1,10 +1,11 @@
-"""What a run tells: a progress bar on a terminal, plain lines elsewhere, metrics.jsonl always, TensorBoard on request."""
+"""What a run tells: a progress bar on a terminal or plain lines, metrics.jsonl always, TensorBoard on request."""
 
 import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,29 +13,49 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-METRICS = "metrics.jsonl"
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
 
 class Log:
     """Collects the losses of each step and reports their means every few steps."""
 
     def __init__(
-        self, folder: Path, steps: int, title: str, every: int, chance: Mapping[str, float], start: int = 0,
+        self,
+        folder: Path,
+        steps: int,
+        title: str,
+        every: int,
+        chance: Mapping[str, float],
+        start: int = 0,
         report_to: Sequence[str] = (),
+        later: float = 0.0,
     ) -> None:
-        """`chance`: of each loss, what guessing gives; `start`: the step a resumed run goes on from."""
+        """`chance`: of each loss, what guessing gives; `start`: the step a resumed run goes on from.
+
+        `later`: work that follows this run, as a multiple of it, to say how long is left in all.
+        """
         self.steps, self.every, self.chance, self.title = steps, every, chance, title
         self.console = Console(stderr=True, highlight=False)
         self._sums: dict[str, float] = defaultdict(float)
         self._count, self._since, self._began, self._start = 0, time.perf_counter(), time.perf_counter(), start
         self._stuck: set[str] = set()
+        self._later = later
         cut_after(folder / METRICS, start)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._board = _tensorboard(folder) if "tensorboard" in report_to else None
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"), console=self.console, transient=True,
-        ) if self.console.is_terminal else None
+        self._bar = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=True,
+            )
+            if self.console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> "Log":
         if self._bar is not None:
@@ -42,7 +63,9 @@ class Log:
             self._task = self._bar.add_task(self.title, total=self.steps, completed=self._start, note="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         self._file.close()
@@ -81,8 +104,13 @@ class Log:
         if self._bar is not None:
             self._bar.update(self._task, note=note)
         else:
-            left = (now - self._began) / max(1, done - self._start) * (self.steps - done)
-            self.say(f"{self.title} {done}/{self.steps}  {note}  {speed.get('samples', 0):.0f} samples/s  {left:.0f} s left")
+            pace = (now - self._began) / max(1, done - self._start)
+            left = clock(pace * (self.steps - done))
+            if self._later:
+                left += f" ({clock(pace * (self.steps * (1 + self._later) - done))} in all)"
+            self.say(
+                f"{self.title} {done}/{self.steps}  {note}  {speed.get('samples', 0):.0f} samples/s  {left} left"
+            )
         self._warn(done, means)
         self._sums.clear()
         self._count, self._since = 0, now
@@ -94,8 +122,8 @@ class Log:
                 continue
             self._stuck.add(name)
             self.say(
-                f"warning: after {done} steps the {name} loss is {value:.3f}, and guessing gives {level:.3f}: nothing has "
-                "been learned from it yet. Look at the pictures and captions, at which parts learn, and at the rate."
+                f"warning: after {done} steps the {name} loss is {value:.3f}, and guessing gives {level:.3f}: nothing "
+                "has been learned from it yet. Look at the pictures and captions, at what learns, and at the rate."
             )
 
     def _write(self, done: int, values: Mapping[str, float]) -> None:
@@ -104,6 +132,12 @@ class Log:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, done)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds, 4:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
 
 
 def cut_after(path: Path, step: int) -> None:
@@ -123,18 +157,22 @@ def cut_after(path: Path, step: int) -> None:
     draft.replace(path)
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, int | float]]:
     """All records of a run, in order."""
     path = folder / METRICS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
+def check_reports(report_to: Sequence[str]) -> None:
+    """Errors: a place to report to whose package is not installed."""
+    if "tensorboard" in report_to and find_spec("tensorboard") is None:
+        raise ValueError("train.report_to: tensorboard is not installed: pip install 'vlm[tensorboard]'")
+
+
 def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("train.report_to: tensorboard is not installed: pip install 'vlm[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / BOARD))
 
 
 def note(text: str) -> None:

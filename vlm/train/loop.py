@@ -72,8 +72,8 @@ def fit(
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if skipped >= MOST_SKIPPED:
                 raise ValueError(
-                    f"no finite gradient in the last {skipped} steps (up to {step + 1}): lower the rates in train.params, "
-                    "or set train.precision=float32"
+                    f"no finite gradient in the last {skipped} steps (up to {step + 1}): "
+                    "lower the rates in train.params, or set train.precision=float32"
                 )
             if average is not None:
                 average.update(step)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,39 +36,57 @@ def assign(model: nn.Module, rules: Sequence[Rule], frozen_parts: Sequence[str] 
     `frozen_parts` are frozen by their own setting. Errors, all at once: a parameter that no rule matches, a rule that
     matches nothing, a pattern that is no regular expression, a rate for a frozen part.
     """
-    patterns = [_compile(rule.match) for rule in rules]
-    hits, decided, problems = [0] * len(rules), dict[str, Rule](), list[str]()
-    asleep = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{p}." for p in frozen_parts))}
-    woken = [0] * len(rules)
-    for name, parameter in model.named_parameters():
-        for i, pattern in enumerate(patterns):
-            if pattern.fullmatch(name):
-                hits[i] += 1
-                woken[i] += name not in asleep
-                if rules[i].lr is not None and name not in asleep:
-                    decided[name] = rules[i]
-                break
-        else:
-            if name not in asleep:
-                problems.append(f"train.params: no pattern matches {name}; end the list with {{match: '.*', lr: null}}")
-        parameter.requires_grad_(name in decided)
-    for rule, hit, live in zip(rules, hits, woken, strict=True):
-        if not hit:
-            problems.append(f"train.params: '{rule.match}' matches no parameter that an earlier pattern left over")
-        elif not live and rule.lr is not None:
-            problems.append(f"train.params: '{rule.match}' gives a rate to parts frozen by their own setting")
+    faults = {rule.match: fault for rule in rules if (fault := _fault(rule.match))}
+    patterns = [(i, re.compile(rule.match)) for i, rule in enumerate(rules) if rule.match not in faults]
+    asleep = tuple(f"{part}." for part in frozen_parts)
+    owner = {
+        name: next((i for i, pattern in patterns if pattern.fullmatch(name)), None)
+        for name, _ in model.named_parameters()
+    }
+    problems = [*faults.values(), *_idle([(i, rules[i]) for i, _ in patterns], owner, asleep)]
+    if not faults:  # a pattern that cannot be read may have been meant for what no other matches
+        problems += _unmatched(owner, asleep)
+    decided = {
+        name: rules[i]
+        for name, i in owner.items()
+        if i is not None and rules[i].lr is not None and not name.startswith(asleep)
+    }
     if not decided and not problems:
-        problems.append("train.params: every parameter is frozen, so there is nothing to train")
+        problems = ["train.params: every parameter is frozen, so there is nothing to train"]
     if problems:
-        raise ValueError("\n".join(problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])))
+        shown = problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
+        raise ValueError("\n".join(shown))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in decided)
     return decided
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _unmatched(owner: Mapping[str, int | None], asleep: tuple[str, ...]) -> list[str]:
+    return [
+        f"train.params: no pattern matches {name}; end the list with {{match: '.*', lr: null}}"
+        for name, i in owner.items()
+        if i is None and not name.startswith(asleep)
+    ]
+
+
+def _idle(rules: Sequence[tuple[int, Rule]], owner: Mapping[str, int | None], asleep: tuple[str, ...]) -> list[str]:
+    """Rules that decide nothing, or that would wake what another setting freezes."""
+    problems = []
+    for i, rule in rules:
+        names = [name for name, chosen in owner.items() if chosen == i]
+        if not names:
+            problems.append(f"train.params: '{rule.match}' matches no parameter that an earlier pattern left over")
+        elif rule.lr is not None and all(name.startswith(asleep) for name in names):
+            problems.append(f"train.params: '{rule.match}' gives a rate to parts frozen by their own setting")
+    return problems
+
+
+def _fault(pattern: str) -> str:
     try:
-        return re.compile(pattern)
+        re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"train.params: '{pattern}' is not a regular expression ({error})") from None
+        return f"train.params: '{pattern}' is not a regular expression ({error})"
+    return ""
 
 
 def table(model: nn.Module, decided: dict[str, Rule]) -> list[Line]:

@@ -1,6 +1,9 @@
 """`vlm train`: from a configuration to a trained run folder."""
 
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -8,12 +11,13 @@ import torch
 from vlm import build, checkpoint
 from vlm.config import schema
 from vlm.config.load import dump, load
+from vlm.data.batch import Batch
 from vlm.data.loader import Loader
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.nn.backend import best_device, fast_float32
 from vlm.restore import CONFIG, TOKENIZER, initialise, relative_init, sourced_parts
 from vlm.train.average import Average
-from vlm.train.log import METRICS, Log, note
+from vlm.train.log import BOARD, METRICS, Log, check_reports, note
 from vlm.train.loop import Interrupted, Plan, autocast, fit
 from vlm.train.optim import Line, Rule, adamw, assign, table
 from vlm.train.task import Itc, Itm, Lm, Objective, Task
@@ -28,10 +32,18 @@ def train(config: Path, overrides: Sequence[str], out: Path, resume: bool = Fals
     train_run(run, out, resume, overwrite)
 
 
-def train_run(run: schema.Run, out: Path, resume: bool = False, overwrite: bool = False, title: str = "train") -> None:
-    """As `train`, from settings that are checked already."""
+def train_run(
+    run: schema.Run,
+    out: Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    title: str = "train",
+    later: float = 0.0,
+) -> None:
+    """As `train`, from settings that are checked already; `later` as in `Log`."""
     run = relative_init(run, out)
     check_folder(out, run, resume, overwrite)
+    check_reports(run.train.report_to)
     device = best_device()
     source = build.shards(run.data, run.data.train)
     tokenizer = _tokenizer(run, out, resume, source.captions)
@@ -42,54 +54,62 @@ def train_run(run: schema.Run, out: Path, resume: bool = False, overwrite: bool 
     note(render(table(model, decided)))
     stored = checkpoint.divide(model, sourced_parts(run))
     model.to(device)
+    precision = build.precision(run, device)
     objectives = [objective(loss, tokenizer) for loss in run.losses]
     task = Task(model, objectives)
     optimizer = adamw(model, decided, run.train.betas)
     average = None if run.train.ema is None else Average(model, run.train.ema)
     start = _resume(out, model, sourced_parts(run), optimizer, average) if resume else 0
     loader = build.training_loader(run, source, model.vision.transform, tokenizer, model.image_tokens)
-    _prepare(out, run, tokenizer)
+    check = _validation(run, task, tokenizer, precision)
+    batches = _begun(loader.train(start * run.train.accumulate))
+    _prepare(out, run, tokenizer, fresh=not resume)
+
+    def unusable() -> Counter[str]:
+        return source.bad + loader.bad
 
     def save(step: int) -> None:
         averaged = None if average is None else average.tensors
-        checkpoint.save(out, step, model, stored, optimizer, averaged, run.train.keep, {"bad": dict(loader.bad)})
+        checkpoint.save(out, step, model, stored, optimizer, averaged, run.train.keep, {"bad": dict(unusable())})
 
-    chance = {o.name: o.chance(run.train.batch_size, run.train.batch_size * run.data.captions_per_image) for o in objectives}
-    precision = build.precision(run, device)
-    check = _validation(run, task, tokenizer, precision)
+    chance = {
+        o.name: o.chance(run.train.batch_size, run.train.batch_size * run.data.captions_per_image) for o in objectives
+    }
     plan = Plan(
-        run.train.steps, run.train.accumulate, run.train.warmup, run.train.final_lr, run.train.clip, run.train.seed,
-        run.train.eval_every, run.train.save_every,
+        run.train.steps,
+        run.train.accumulate,
+        run.train.warmup,
+        run.train.final_lr,
+        run.train.clip,
+        run.train.seed,
+        run.train.eval_every,
+        run.train.save_every,
     )
     try:
-        with Log(out, run.train.steps, title, run.train.log_every, chance, start, run.train.report_to) as log:
-            batches = loader.train(start * run.train.accumulate)
+        with Log(out, run.train.steps, title, run.train.log_every, chance, start, run.train.report_to, later) as log:
             fit(task, batches, optimizer, plan, log, precision, save, check, average, start)
     except Interrupted as stop:
-        note(f"{title}: stopped and saved at step {stop.step}; go on with: vlm train {out / CONFIG} --out {out} --resume")
+        note(
+            f"{title}: stopped and saved at step {stop.step}; go on with: vlm train {out / CONFIG} --out {out} --resume"
+        )
         raise KeyboardInterrupt from None
-    if loader.bad:
-        note("unusable samples: " + ", ".join(f"{count} x {reason}" for reason, count in loader.bad.most_common()))
+    if bad := unusable():
+        note("unusable samples: " + ", ".join(f"{count} x {reason}" for reason, count in bad.most_common()))
 
 
 def check_folder(out: Path, run: schema.Run, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that holds another run, and a resume that would change the settings; removes one on request."""
+    """Refuses a folder that holds another run, and a resume that would change the settings. Changes nothing."""
     held = out / CONFIG
     if resume:
         if not held.is_file():
             raise ValueError(f"--resume: {out} holds no run (no {CONFIG})")
         if dump(load(schema.Run, held)) != dump(run):
-            raise ValueError(f"--resume: the settings differ from {held}; resume with that file, or start another folder")
+            raise ValueError(
+                f"--resume: the settings differ from {held}; resume with that file, or start another folder"
+            )
         checkpoint.latest(out)
     elif held.is_file() and not overwrite:
         raise ValueError(f"{out} holds a run already: choose another --out, --resume it, or --overwrite it")
-    elif held.is_file():
-        for old in checkpoint.checkpoints(out):
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
-        for name in (CONFIG, TOKENIZER, METRICS, checkpoint.LATEST):
-            (out / name).unlink(missing_ok=True)
     elif out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file")
 
@@ -112,7 +132,9 @@ def render(lines: Sequence[Line]) -> str:
         rate = "frozen" if line.lr is None else f"{line.lr:g}"
         rows.append((line.part, line.match, rate, str(line.tensors), f"{line.parameters:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def rules(run: schema.Run) -> list[Rule]:
@@ -178,8 +200,18 @@ def _resume(
     return step
 
 
-def _prepare(out: Path, run: schema.Run, tokenizer: Tokenizer) -> None:
+def _begun(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches with the first one made: most of what can be wrong with data shows before a run exists."""
+    return chain([next(batches)], batches)
+
+
+def _prepare(out: Path, run: schema.Run, tokenizer: Tokenizer, fresh: bool) -> None:
+    if fresh and (out / CONFIG).is_file():  # a folder that holds no run is nobody's to clear
+        for old in checkpoint.checkpoints(out):
+            shutil.rmtree(old)
+        shutil.rmtree(out / BOARD, ignore_errors=True)
+        for name in (METRICS, checkpoint.LATEST):
+            (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / TOKENIZER)
     (out / CONFIG).write_text(dump(run), encoding="utf-8")
-

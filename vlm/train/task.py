@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlm.data.batch import Batch, Text
 from vlm.loss import contrastive, language, matching
 from vlm.model.vlm import Seen, VisionLanguageModel, need
+from vlm.nn.tokens import IGNORE
 
 
 class Views:
@@ -46,7 +47,7 @@ class Objective(Protocol):
     name: str
     weight: float
 
-    def share(self, batch: Batch) -> float:
+    def share(self, batch: Batch) -> int:
         """How much a micro-batch counts among those of one step."""
         ...
 
@@ -68,7 +69,7 @@ class Itc:
         """`label_smoothing`: 0.1 in BLIP-2."""
         self.weight, self.label_smoothing = weight, label_smoothing
 
-    def share(self, batch: Batch) -> float:
+    def share(self, batch: Batch) -> int:
         """By texts."""
         return len(batch.owner)
 
@@ -90,7 +91,7 @@ class Itm:
         """`weight` in the sum of the losses."""
         self.weight = weight
 
-    def share(self, batch: Batch) -> float:
+    def share(self, batch: Batch) -> int:
         """By texts."""
         return len(batch.owner)
 
@@ -116,9 +117,9 @@ class Lm:
         self.vocabulary, self.dec = vocabulary, dec
         self.weight, self.label_smoothing = weight, label_smoothing
 
-    def share(self, batch: Batch) -> float:
+    def share(self, batch: Batch) -> int:
         """By supervised tokens, so that accumulating changes nothing."""
-        return float((self._text(batch).labels[:, 1:] != language.IGNORE).sum())
+        return int(torch.count_nonzero(self._text(batch).labels[:, 1:] != IGNORE))
 
     def chance(self, images: int, texts: int) -> float:
         """ln V."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +21,10 @@ def read(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # where a damaged pickle breaks the reader is anybody's guess
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: refused, for it is damaged or holds more than plain tensors ({reason})") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
@@ -34,9 +35,10 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(module: nn.Module, path: Path, optional: Collection[str] = ()) -> None:
-    """Loads a file into a module of the same names; keys under an `optional` prefix may be left over."""
-    found = read(path)
-    kept = {name: value for name, value in found.items() if not name.startswith(tuple(optional) or ("\0",))}
+    """Loads a file into a module of the same names; names under an `optional` module may be left over."""
+    found, own = read(path), module.state_dict()
+    prefixes = tuple(f"{name}." for name in optional)
+    kept = {name: value for name, value in found.items() if name in own or not name.startswith(prefixes)}
     load_strict(module, kept, str(path))
 
 

@@ -1,4 +1,4 @@
-"""CLIP's weights: the text tower and the projections of open_clip for ours, and Hugging Face's image tower for open_clip's."""
+"""CLIP's weights: open_clip's text tower and projections for ours, Hugging Face's image tower for open_clip's."""
 
 from vlm.model.weights.table import Row, Table, linear
 

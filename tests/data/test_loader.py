@@ -1,0 +1,233 @@
+"""The same batches whatever the start, the workers and the cache; bad samples replaced, counted and limited."""
+
+import itertools
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.shard_files import numbered, picture, write
+from vlm.data.batch import Batch
+from vlm.data.image import Augment, ImageTransform, decode
+from vlm.data.loader import Loader, order
+from vlm.data.shards import Shards
+from vlm.data.text import Tokenizer, train_bpe
+
+TRANSFORM = ImageTransform((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe([f"the {i}th thing" for i in range(50)], 290)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    folder = tmp_path_factory.mktemp("shards")
+    for i in range(2):
+        write(folder / f"{i}.tar", numbered(20 * i, 12))
+    return Shards(str(folder))
+
+
+def _loader(shards: Shards, bpe: Tokenizer, batch_size: int = 5, **options: Any) -> Loader:
+    return Loader(
+        shards, TRANSFORM, bpe, batch_size, max_tokens=16, template="{image}{text}", image_tokens=2, **options
+    )
+
+
+def _assert_same(one: Batch, other: Batch) -> None:
+    assert one.keys == other.keys and one.strings == other.strings and one.image_ids == other.image_ids
+    assert one.prompts is not None and other.prompts is not None
+    for a, b in (
+        (one.images, other.images),
+        (one.owner, other.owner),
+        (one.positive, other.positive),
+        (one.captions.ids, other.captions.ids),
+        (one.prompts.labels, other.prompts.labels),
+    ):
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 200), st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+def test_order_is_a_permutation_and_a_function(count: int, seed: int, epoch: int) -> None:
+    first = order(count, seed, epoch)
+    assert sorted(first.tolist()) == list(range(count)) and np.array_equal(first, order(count, seed, epoch))
+    assert first.dtype == np.int64
+
+
+def test_orders_differ() -> None:
+    orders = {tuple(order(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+AUGMENT = Augment(scale=(0.5, 1.0), flip=True, brightness=0.3, contrast=0.3, erase=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"workers": 1}, {"workers": 2}, {"cache_mb": 1}, {"workers": 2, "cache_mb": 1}],
+    ids=["one worker", "two workers", "cache", "two workers with cache"],
+)
+def test_step_is_all_that_matters(shards: Shards, bpe: Tokenizer, options: dict[str, int]) -> None:
+    common: dict[str, Any] = {"augment": AUGMENT, "seed": 3, "captions_per_image": 2}
+    expected = list(itertools.islice(_loader(shards, bpe, **common).train(), 11))  # 4 steps an epoch
+    for start in (0, 3, 4):
+        got = itertools.islice(_loader(shards, bpe, **common, **options).train(start), 11 - start)
+        for one, other in zip(got, expected[start:], strict=True):
+            _assert_same(one, other)
+
+
+def test_epochs_and_seeds(shards: Shards, bpe: Tokenizer) -> None:
+    loader = _loader(shards, bpe, batch_size=6)
+    assert loader.steps_per_epoch == 4
+    batches = list(itertools.islice(loader.train(), 8))
+    for epoch in (batches[:4], batches[4:]):
+        assert sorted(key for batch in epoch for key in batch.keys) == [shards.key(i) for i in range(24)]
+    assert batches[0].keys != batches[4].keys
+    assert next(_loader(shards, bpe, batch_size=6, seed=1).train()).keys != batches[0].keys
+    assert next(_loader(shards, bpe, shuffle=False).train(4)).keys == [shards.key(i) for i in range(5)]
+
+
+def test_captions_are_drawn_evenly_and_without_repeats(shards: Shards, bpe: Tokenizer) -> None:
+    seen: Counter[int] = Counter()
+    for batch in itertools.islice(_loader(shards, bpe, batch_size=24, captions_per_image=2).train(), 50):
+        for index, (first, second) in enumerate(zip(batch.strings[::2], batch.strings[1::2], strict=True)):
+            known = [f"number {int(batch.keys[index][1:])}", f"the {int(batch.keys[index][1:])}th thing", "a thing"]
+            assert first != second
+            seen.update((known.index(first), known.index(second)))
+    assert all(700 < seen[place] < 900 for place in range(3)) and seen.total() == 2400
+    assert len(next(_loader(shards, bpe, captions_per_image=0).train()).strings) == 15
+    assert len(next(_loader(shards, bpe, captions_per_image=9).train()).strings) == 15
+
+
+def test_training_batch_is_finished(shards: Shards, bpe: Tokenizer) -> None:
+    batch = next(_loader(shards, bpe).train())
+    assert batch.images.dtype == torch.float32
+    index = int(batch.keys[2][1:]) % 20 + 12 * (int(batch.keys[2][1:]) // 20)
+    assert torch.equal(batch.images[2], TRANSFORM(decode(shards.raw(index).image)))
+    augmented = next(_loader(shards, bpe, augment=AUGMENT).train())
+    assert augmented.keys == batch.keys and augmented.strings == batch.strings
+    assert not torch.equal(augmented.images, batch.images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_once_is_everything_in_order(shards: Shards, bpe: Tokenizer, workers: int) -> None:
+    loader = _loader(shards, bpe, batch_size=7, captions_per_image=0, workers=workers, augment=AUGMENT)
+    for _ in range(2):
+        batches = list(loader.once())
+        assert [len(batch.keys) for batch in batches] == [7, 7, 7, 3]
+        assert [key for batch in batches for key in batch.keys] == [shards.key(i) for i in range(24)]
+        assert [text for batch in batches for text in batch.strings] == list(shards.captions())
+    assert torch.equal(batches[0].images[0], TRANSFORM(decode(shards.raw(0).image)))
+    first = next(_loader(shards, bpe, batch_size=100).once())
+    assert first.strings == [shards.raw(i).captions[0] for i in range(24)]
+
+
+def test_global_random_numbers_are_left_alone(shards: Shards, bpe: Tokenizer) -> None:
+    states = []
+    for workers in (0, 1):
+        torch.manual_seed(0)
+        next(_loader(shards, bpe, workers=workers, augment=AUGMENT).train())
+        states.append(torch.rand(1).item())
+    torch.manual_seed(0)
+    assert states == [torch.rand(1).item()] * 2
+
+
+def _damaged(path: Path, count: int, every: int) -> str:
+    samples = numbered(0, count)
+    for i in range(0, count, every):
+        samples[i]["png"] = picture(i)[:-30] if i % 2 else b"text"
+    return str(write(path, samples))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_replaced_and_counted(workers: int, bpe: Tokenizer, tmp_path: Path) -> None:
+    shards = Shards(_damaged(tmp_path / "s.tar", 60, 15), max_bad_fraction=0.5)
+    bad = {shards.key(i) for i in range(0, 60, 15)}
+    loader, expected = _loader(shards, bpe, batch_size=12, workers=workers), _loader(shards, bpe, batch_size=12)
+    batches = list(itertools.islice(loader.train(), 5))
+    for one, other in zip(batches, expected.train(), strict=False):
+        _assert_same(one, other)
+        assert len(one.keys) == 12 and not bad & set(one.keys)
+    assert loader.bad == expected.bad and set(loader.bad) == {"not an image", "corrupt image"}
+    assert loader.bad.total() >= 4
+    evaluation = _loader(shards, bpe, batch_size=12, workers=workers)
+    kept = [key for batch in evaluation.once() for key in batch.keys]
+    assert len(kept) == 56 and not bad & set(kept)
+    assert evaluation.bad == {"not an image": 2, "corrupt image": 2}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_samples_stop_the_run(workers: int, bpe: Tokenizer, tmp_path: Path) -> None:
+    shards = Shards(_damaged(tmp_path / "s.tar", 150, 5))
+    message = r"samples are unusable \(.*not an image: .*more than max_bad_fraction=0.05; repair"
+    for batches in (_loader(shards, bpe, workers=workers).train(), _loader(shards, bpe, workers=workers).once()):
+        with pytest.raises(ValueError, match=message):
+            for _ in zip(range(100), batches, strict=False):
+                pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_bad(workers: int, bpe: Tokenizer, tmp_path: Path) -> None:
+    shards = Shards(_damaged(tmp_path / "s.tar", 10, 1))
+    with pytest.raises(ValueError, match=r"s.tar: k0000\d: unusable, and so were 99 others"):
+        next(_loader(shards, bpe, workers=workers).train())
+    with pytest.raises(ValueError, match="no sample is usable"):
+        next(_loader(shards, bpe, workers=workers).once())
+
+
+def test_bad_samples_are_named_in_the_log(bpe: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = Shards(_damaged(tmp_path / "s.tar", 60, 3), max_bad_fraction=1.0)
+    list(_loader(shards, bpe).once())
+    assert len(caplog.messages) == 10
+    assert "s.tar: k00000: not an image (no JPEG, " in caplog.messages[0]
+
+
+def test_cache_is_bounded_and_spares_the_disk(shards: Shards, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: Counter[int] = Counter()
+    raw = Shards.raw
+
+    def counting(self: Shards, index: int) -> Any:
+        reads[index] += 1
+        return raw(self, index)
+
+    monkeypatch.setattr(Shards, "raw", counting)
+    loader = _loader(shards, bpe, batch_size=24, cache_mb=1)
+    list(itertools.islice(loader.train(), 3))
+    assert reads.total() == 24
+    loader = _loader(shards, bpe, batch_size=24)
+    loader._room = 700  # room for three pictures of 192 bytes with their captions
+    list(itertools.islice(loader.train(), 3))
+    assert reads.total() == 24 + 3 * 24 - 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"captions_per_image": -1}, "captions_per_image=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"workers": -1}, "workers=-1"),
+        ({"cache_mb": -1}, "cache_mb=-1"),
+    ],
+)
+def test_settings_out_of_range(options: dict[str, int], message: str, shards: Shards, bpe: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=message):
+        _loader(shards, bpe, **options)
+
+
+def test_batch_larger_than_the_set(shards: Shards, bpe: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="batch_size=25 exceeds the 24 usable samples"):
+        _loader(shards, bpe, batch_size=25).train()
+
+
+def test_loader_can_be_pickled(shards: Shards, bpe: Tokenizer) -> None:
+    loader = _loader(shards, bpe)
+    _assert_same(next(pickle.loads(pickle.dumps(loader)).train(7)), next(loader.train(7)))

@@ -1,0 +1,155 @@
+"""Patterns to parameter groups: every mistake at once, and nothing changed by a refusal; the schedule by hand."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from vlm.train.optim import Rule, adamw, assign, rate, set_rate, table
+
+
+def model() -> nn.Module:
+    parts = {"vision": nn.Linear(2, 3), "connector": nn.Linear(3, 2), "head": nn.Linear(2, 2, bias=False)}
+    return nn.ModuleDict(parts)
+
+
+def mistakes(rules: list[Rule], frozen: tuple[str, ...] = ()) -> list[str]:
+    """The lines of the refusal, which must leave every parameter as it was."""
+    net = model()
+    net["head"].weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    with pytest.raises(ValueError, match=r"train\.params: ") as caught:
+        assign(net, rules, frozen)
+    assert {name: parameter.requires_grad for name, parameter in net.named_parameters()} == before
+    return str(caught.value).splitlines()
+
+
+def test_the_first_match_decides() -> None:
+    net = model()
+    decided = assign(net, [Rule(r".*\.bias", 1e-2, 0.0), Rule("vision.*", None, 0.1), Rule(".*", 1e-3, 0.1)])
+    assert {name: rule.lr for name, rule in decided.items()} == {
+        "vision.bias": 1e-2,
+        "connector.weight": 1e-3,
+        "connector.bias": 1e-2,
+        "head.weight": 1e-3,
+    }
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["vision.weight"]
+
+
+def test_a_pattern_is_about_the_whole_name() -> None:
+    assert len(mistakes([Rule("vision", 1e-3, 0.0)])) == 6  # no part alone, and all five parameters are left
+
+
+def test_table_in_the_order_of_the_model() -> None:
+    net = model()
+    decided = assign(net, [Rule("vision.*", None, 0.0), Rule(".*", 1e-3, 0.0)])
+    lines = [(line.part, line.match, line.lr, line.tensors, line.parameters) for line in table(net, decided)]
+    assert lines == [("vision", "–", None, 2, 9), ("connector", ".*", 1e-3, 2, 8), ("head", ".*", 1e-3, 1, 4)]
+
+
+def test_a_part_frozen_by_its_own_setting_stays_frozen() -> None:
+    net = model()
+    decided = assign(net, [Rule(".*", 1e-3, 0.0)], ["vision"])
+    assert set(decided) == {"connector.weight", "connector.bias", "head.weight"}
+    assert not net["vision"].weight.requires_grad
+
+
+def test_every_mistake_at_once() -> None:
+    rules = [Rule("vison.*", 1e-3, 0.0), Rule("vision.*", 1e-3, 0.0), Rule("connector.weight", 1e-3, 0.0)]
+    assert mistakes(rules, ("vision",)) == [
+        "train.params: 'vison.*' matches no parameter that an earlier pattern left over",
+        "train.params: 'vision.*' gives a rate to parts frozen by their own setting",
+        "train.params: no pattern matches connector.bias; end the list with {match: '.*', lr: null}",
+        "train.params: no pattern matches head.weight; end the list with {match: '.*', lr: null}",
+    ]
+
+
+def test_unreadable_patterns_are_named_beside_the_other_mistakes() -> None:
+    # What only the unreadable ones might have matched is not called unmatched.
+    assert mistakes([Rule("(", 1e-3, 0.0), Rule("x.*", 1e-3, 0.0), Rule("*", 1e-3, 0.0)]) == [
+        "train.params: '(' is not a regular expression (missing ), unterminated subpattern at position 0)",
+        "train.params: '*' is not a regular expression (nothing to repeat at position 0)",
+        "train.params: 'x.*' matches no parameter that an earlier pattern left over",
+    ]
+
+
+def test_a_pattern_after_a_catch_all_matches_nothing() -> None:
+    (line,) = mistakes([Rule(".*", 1e-3, 0.0), Rule("head.*", 1e-2, 0.0)])
+    assert line == "train.params: 'head.*' matches no parameter that an earlier pattern left over"
+
+
+def test_everything_frozen() -> None:
+    assert mistakes([Rule(".*", None, 0.0)]) == [
+        "train.params: every parameter is frozen, so there is nothing to train"
+    ]
+
+
+def test_long_lists_are_cut() -> None:
+    net = nn.ModuleDict({f"p{i}": nn.Linear(1, 1) for i in range(8)})
+    with pytest.raises(ValueError, match=r"and 7 more$") as caught:
+        assign(net, [Rule("nothing", 1e-3, 0.0)])
+    assert len(str(caught.value).splitlines()) == 11
+
+
+def test_single_vectors_are_not_decayed() -> None:
+    net = model()
+    optimizer = adamw(net, assign(net, [Rule("head.*", 1e-2, 0.3), Rule(".*", 1e-3, 0.1)]), (0.9, 0.98))
+    found = {
+        name: (group["lr"], group["peak_lr"], group["weight_decay"])
+        for name, parameter in net.named_parameters()
+        for group in optimizer.param_groups
+        if any(parameter is other for other in group["params"])
+    }
+    plain, bias = (1e-3, 1e-3, 0.1), (1e-3, 1e-3, 0.0)
+    assert found == {
+        "vision.weight": plain,
+        "vision.bias": bias,
+        "connector.weight": plain,
+        "connector.bias": bias,
+        "head.weight": (1e-2, 1e-2, 0.3),
+    }
+
+
+def test_only_matrices_shrink_without_a_gradient() -> None:
+    net = model()
+    optimizer = adamw(net, assign(net, [Rule(".*", 0.1, 0.5)]), (0.9, 0.98))
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if parameter.ndim > 1 else 1.0))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 1 / 5), (3, 4 / 5), (4, 1.0), (8, 0.1 + 0.9 * 0.5), (12, 0.1), (20, 0.1)],
+)
+def test_rate_by_hand(step: int, expected: float) -> None:
+    assert rate(step, steps=12, warmup=4, final=0.1) == pytest.approx(expected)
+
+
+def test_rate_without_warmup_starts_at_the_peak() -> None:
+    assert rate(0, steps=10, warmup=0, final=0.0) == 1.0
+    assert rate(9, steps=10, warmup=0, final=0.0) > 0
+
+
+@given(st.integers(1, 300), st.data())
+def test_rate_rises_then_falls(steps: int, data: st.DataObject) -> None:
+    warmup, final = data.draw(st.integers(0, steps - 1)), data.draw(st.floats(0, 1))
+    rates = [rate(step, steps, warmup, final) for step in range(steps)]
+    assert all(before < after for before, after in itertools.pairwise(rates[: warmup + 1]))
+    assert all(before >= after for before, after in itertools.pairwise(rates[warmup:]))
+    assert rates[warmup] == 1.0
+    assert all(0 < value <= 1 for value in rates)
+
+
+def test_set_rate_keeps_the_ratio_of_groups() -> None:
+    net = model()
+    optimizer = adamw(net, assign(net, [Rule("head.*", 1e-2, 0.0), Rule(".*", 1e-3, 0.0)]), (0.9, 0.98))
+    set_rate(optimizer, 0.5)
+    set_rate(optimizer, 0.1)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([1e-4, 1e-3])

@@ -85,6 +85,7 @@ def connector(
                 hidden=settings.hidden,
                 cross_every=settings.cross_every,
                 text=text,
+                image_norm=nn.LayerNorm(vision.dim),
                 out_dim=None if language is None else language.dim,
                 dropout=settings.dropout,
             )
@@ -154,6 +155,7 @@ def training_loader(
         template=data.prompt if run.model.language is not None else None,
         image_tokens=image_tokens,
         captions_per_image=data.captions_per_image,
+        keep_first=data.keep_first_caption,
         augment=None if data.augment is None else Augment(**data.augment.model_dump()),
         seed=run.train.seed,
         workers=data.workers,

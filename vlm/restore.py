@@ -92,7 +92,11 @@ def relative_init(run: schema.Run, folder: Path) -> schema.Run:
     for part, source in run.model.init.items():
         if source is None:
             continue
-        path = (_find(source, folder) or Path(source)).resolve()
+        found = _find(source, folder)
+        if found is None:  # said by `initialise`, as it was written
+            moved[part] = source
+            continue
+        path = found.resolve()
         beside = path.parent == folder.resolve().parent
         moved[part] = os.path.relpath(path, folder.resolve()) if beside else str(path)
     return run.model_copy(update={"model": run.model.model_copy(update={"init": moved})})

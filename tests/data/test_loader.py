@@ -231,3 +231,12 @@ def test_batch_larger_than_the_set(shards: Shards, bpe: Tokenizer) -> None:
 def test_loader_can_be_pickled(shards: Shards, bpe: Tokenizer) -> None:
     loader = _loader(shards, bpe)
     _assert_same(next(pickle.loads(pickle.dumps(loader)).train(7)), next(loader.train(7)))
+
+
+def test_the_first_caption_can_be_kept(tmp_path: Path, bpe: Tokenizer) -> None:
+    members = {"__key__": "a", "png": picture((8, 8)), "txt": "name\nfirst\nsecond\nthird"}
+    write(tmp_path / "0.tar", [members])
+    loader = _loader(Shards(str(tmp_path)), bpe, batch_size=1, captions_per_image=2, keep_first=True)
+    drawn = [batch.strings for batch in itertools.islice(loader.train(), 40)]
+    assert all(strings[0] == "name" and len(strings) == 2 for strings in drawn)
+    assert {strings[1] for strings in drawn} == {"first", "second", "third"}

@@ -169,13 +169,21 @@ def test_captions_are_cleaned(tmp_path: Path) -> None:
     assert Shards(str(write(tmp_path / "s.tar", [sample]))).raw(0).captions == ["a b c", "x?y", "é" * 10_000]
 
 
-def test_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+def test_cut_off_anywhere_keeps_what_is_whole(tmp_path: Path) -> None:
     whole = write(tmp_path / "s.tar", numbered(0, 3)).read_bytes()
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        ends = [member.offset_data + member.size for member in tar.getmembers()][1::2]  # of each sample's last member
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512 + 1024  # the end mark; the padding after it is free to go
     for cut in range(0, end, 100):
         (tmp_path / "s.tar").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match=r"not a tar file|cut off or damaged"):
-            Shards(str(tmp_path / "s.tar"))
+        kept = sum(last <= cut for last in ends)
+        if not kept:
+            with pytest.raises(ValueError, match=r"not a tar file|cut off or damaged"):
+                Shards(str(tmp_path / "s.tar"))
+            continue
+        shards = Shards(str(tmp_path / "s.tar"))
+        assert (len(shards), shards.bad) == (kept, {"damaged shard": 1})
+        assert [shards.raw(i).image for i in range(kept)] == [sample["png"] for sample in numbered(0, kept)]
 
 
 def test_samples_before_a_damaged_header_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,7 +196,7 @@ def test_samples_before_a_damaged_header_are_used(tmp_path: Path, caplog: pytest
     assert ([shards.key(i) for i in range(len(shards))], shards.bad) == (["k00000", "k00001"], {"damaged shard": 1})
     (line,) = caplog.messages
     assert f"s.tar: is cut off or damaged at or after byte {at} of {len(whole)};" in line
-    assert line.endswith("; the samples before that are used")
+    assert line.endswith("; the 2 samples before that are used")
 
 
 def test_a_damaged_shard_beside_a_whole_one(tmp_path: Path) -> None:

@@ -91,6 +91,20 @@ def test_extreme_logits_still_give_negatives(scale: float) -> None:
         assert len(pairs.match) == 15
 
 
+def test_positives_have_no_weight_and_every_negative_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[Tensor] = []
+
+    def record(weight: Tensor, _count: int, generator: torch.Generator | None = None) -> Tensor:
+        weights.append(weight)
+        return weight.argmax(1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", record)
+    owner, positive = owned([0, 1, 1], 2)
+    hard_pairs(torch.randn(2, 3) * 1000, positive, owner)
+    for weight, never in zip(weights, (positive.T, positive[owner]), strict=True):
+        assert torch.equal(weight == 0, never)
+
+
 def test_the_hardest_is_drawn_when_it_stands_out() -> None:
     owner, positive = owned([0, 1, 2], 3)
     logits = torch.tensor([[0.0, 90.0, 0.0], [0.0, 0.0, 90.0], [90.0, 0.0, 0.0]])

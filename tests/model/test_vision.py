@@ -1,5 +1,6 @@
 """Image encoders of timm and open_clip: tokens, layer choice, freezing, and weights from files."""
 
+import json
 import os
 from pathlib import Path
 
@@ -13,13 +14,25 @@ from torch import Tensor, nn
 
 from vlm.model.vision import ImageEncoder, from_open_clip, open_clip_encoder, timm_encoder
 
-SWIN = dict(window_size=7, embed_dim=12, depths=(1, 1, 1), num_heads=(1, 1, 2))
+SWIN = {"window_size": 7, "embed_dim": 12, "depths": (1, 1, 1), "num_heads": (1, 1, 2)}
+
+TINY = "tiny-of-the-tests"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model_by_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One more name that open_clip knows, because its smallest own model has a large vocabulary."""
+    text = {"context_length": 8, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1}
+    vision = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 16, "image_size": 32}
+    file = tmp_path_factory.mktemp("configs") / f"{TINY}.json"
+    file.write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(file)
 
 
 def clip(vision: str = "vit") -> CLIP:
-    settings = dict(layers=3, width=32, head_width=8, patch_size=8, image_size=32)
+    settings = {"layers": 3, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
     if vision == "resnet":
-        settings = dict(layers=(1, 1, 1, 1), width=8, head_width=8, image_size=64)
+        settings = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 8, "image_size": 64}
     text = CLIPTextCfg(context_length=8, vocab_size=40, width=16, heads=2, layers=1)
     return CLIP(24, CLIPVisionCfg(**settings), text)
 
@@ -77,6 +90,15 @@ def test_timm_layer_is_that_blocks_output() -> None:
     block, found = hooked(dropped.backbone.model.blocks[-2], dropped, images(dropped))
     torch.testing.assert_close(found, block[:, 1:])
     assert dropped.tokens == encoder.tokens - 1
+
+
+@torch.no_grad()
+def test_timm_output_without_class_token() -> None:
+    kept, dropped = (timm_encoder("test_vit", image_size=64, class_token=token).eval() for token in ("keep", "drop"))
+    dropped.load_state_dict(kept.state_dict())
+    pixels = images(kept)
+    torch.testing.assert_close(dropped(pixels), kept(pixels)[:, 1:])
+    assert dropped.tokens == kept.tokens - 1
 
 
 @torch.no_grad()
@@ -216,7 +238,7 @@ def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path: Path, kind: obj
     assert callable(kind)
     marker, file = tmp_path / "marker", tmp_path / "weights.pth"
     torch.save({"state_dict": Malicious(marker)}, file)
-    name = "test_vit" if kind is timm_encoder else "ViT-S-32-alt"
+    name = "test_vit" if kind is timm_encoder else TINY
     with pytest.raises(ValueError, match=r"weights\.pth: refused"):
         kind(name, str(file))
     assert not marker.exists()
@@ -225,16 +247,16 @@ def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path: Path, kind: obj
 
 
 def test_open_clip_weights_from_a_file(tmp_path: Path) -> None:
-    model = open_clip.create_model("ViT-S-32-alt")
+    model = open_clip.create_model(TINY)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
-    encoder = open_clip_encoder("ViT-S-32-alt", str(tmp_path / "clip.pt"), frozen=True)
+    encoder = open_clip_encoder(TINY, str(tmp_path / "clip.pt"), frozen=True)
     loaded = encoder.backbone.visual.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.visual.state_dict().items())
     weights = model.state_dict()
     del weights["visual.ln_post.weight"]
     torch.save(weights, tmp_path / "less.pt")
     with pytest.raises(ValueError, match=r"less\.pt does not fit.*[\s\S]*visual\.ln_post\.weight"):
-        open_clip_encoder("ViT-S-32-alt", str(tmp_path / "less.pt"))
+        open_clip_encoder(TINY, str(tmp_path / "less.pt"))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +277,7 @@ def test_wrong_names_are_named_with_their_remedy(call: object, words: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(timm_encoder, "test_vit"), (timm_encoder, "resnet10t"), (open_clip_encoder, "ViT-S-32-alt")]
+    ("kind", "name"), [(timm_encoder, "test_vit"), (timm_encoder, "resnet10t"), (open_clip_encoder, TINY)]
 )
 def test_builds_on_the_meta_device(kind: object, name: str) -> None:
     assert callable(kind)

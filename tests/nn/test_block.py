@@ -148,6 +148,16 @@ def test_rows_of_different_length_go_on_from_their_own_position() -> None:
     torch.testing.assert_close(both[:1], alone)
 
 
+@torch.no_grad()
+def test_padding_moves_no_row_on() -> None:
+    stack, x = stack_of(), torch.randn(2, 4, D)
+    out = stack(Tokens.of(x[:, :3]))
+    valid = torch.tensor([[True], [False]])
+    longer = stack(Tokens.of(x[:, 3:], valid=valid, position=out.state.position[:, None]), None, out.state)
+    assert longer.state.position.tolist() == [4, 3]
+    assert longer.state.valid.tolist() == [[True] * 4, [True] * 3 + [False]]
+
+
 def looking_stack() -> Stack:
     routes = (Route.QUERY, Route.TEXT)
 

@@ -12,7 +12,16 @@ from vlm.model.weights.files import load_strict
 from vlm.model.weights.llama import llama_table
 from vlm.nn.tokens import Tokens
 
-SIZES = dict(vocabulary=99, dim=48, layers=3, heads=6, kv_heads=2, hidden=80, theta=5000.0, eps=1e-5)
+SIZES = {
+    "vocabulary": 99,
+    "dim": 48,
+    "layers": 3,
+    "heads": 6,
+    "kv_heads": 2,
+    "hidden": 80,
+    "theta": 5000.0,
+    "eps": 1e-5,
+}
 
 
 def pair(tied: bool, **changes: float) -> tuple[Decoder, LlamaForCausalLM]:

@@ -1,4 +1,4 @@
-"""Our composition of image tower, projector and decoder is transformers' LLaVA: logits, loss, gradients, both layouts."""
+"""Our image tower, projector and decoder together are transformers' LLaVA: logits, loss, gradients, both layouts."""
 
 from typing import Any
 

@@ -125,9 +125,10 @@ def published(name: str) -> bool:
 def pair() -> tuple[VisionLanguageModel, Theirs]:
     theirs = Theirs().eval()
     noise(theirs, scale=0.3)
-    theirs.temperature.data.fill_(0.3)
+    theirs.temperature.data.fill_(0.07)
     contrast, match = ContrastiveHead(WIDTH, WIDTH, EMBED, bias=True), MatchingHead(WIDTH)
     ours = VisionLanguageModel(Eye(), qformer(), contrast=contrast, match=match).eval()
+    noise(ours.vision, scale=1.0)
     weights = qformer_table().to_ours({k: v for k, v in theirs.state_dict().items() if published(k)})
     weights["queries"] = weights["queries"][0]
     missing, unexpected = ours.connector.load_state_dict(weights, strict=False)

@@ -62,6 +62,7 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "error", "stop", "start"), [(kill, Killed, 8, 6), (interrupt, KeyboardInterrupt, 7, 7)]
 )

@@ -201,6 +201,7 @@ class Data(Section):
     prompt: str = Field("{image}{text}", description="how image and caption stand in the language model's text")
     max_tokens: Positive = Field(32, description="longest text; captions are cut, image tokens never")
     captions_per_image: Positive = Field(1, description="drawn anew for each sample of a batch")
+    keep_first_caption: bool = Field(False, description="the first caption is always among those drawn")
     augment: Augment | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images")

@@ -71,6 +71,7 @@ class Loader:
     """Batches for training and for evaluation from one set of shards.
 
     `captions_per_image`: captions drawn per sample in training, the first ones in evaluation; 0: all of them.
+    `keep_first`: the first caption of a sample is always among those drawn.
     `cache_mb`: memory for decoded pictures, shared out among `workers`; what does not fit is decoded anew each time.
     `bad` counts the unusable samples met so far by reason; above the shards' `max_bad_fraction` of them: ValueError.
     """
@@ -86,6 +87,7 @@ class Loader:
         template: str | None,
         image_tokens: int,
         captions_per_image: int = 1,
+        keep_first: bool = False,
         augment: Augment | None = None,
         seed: int = 0,
         workers: int = 0,
@@ -101,7 +103,8 @@ class Loader:
             raise ValueError(f"seed={seed}: must be from 0 to 2**63 - 1")
         self.shards, self.transform, self.tokenizer, self.batch_size = shards, transform, tokenizer, batch_size
         self.max_tokens, self.template, self.image_tokens = max_tokens, template, image_tokens
-        self.captions_per_image, self.augment, self.seed = captions_per_image, augment, seed
+        self.captions_per_image, self.keep_first = captions_per_image, keep_first
+        self.augment, self.seed = augment, seed
         self.workers, self.shuffle = workers, shuffle
         self.steps_per_epoch = len(shards) // batch_size
         self.bad: Counter[str] = Counter()
@@ -192,10 +195,14 @@ class Loader:
                 index = int(_order(count, self.seed, epoch)[place]) if self.shuffle else place
             sample = self._sample(index, bad)
             if sample is not None:
-                wanted = self.captions_per_image or len(sample.captions)
-                picked = random.permutation(len(sample.captions))[:wanted].tolist()
-                return replace(sample, captions=[sample.captions[i] for i in picked])
+                return replace(sample, captions=self._pick(sample.captions, random))
         raise ValueError(f"{self.shards.where(index)}: unusable, and so were {MAX_TRIES - 1} others tried in its place")
+
+    def _pick(self, captions: list[str], random: np.random.Generator) -> list[str]:
+        fixed = captions[:1] if self.keep_first else []
+        others = captions[len(fixed) :]
+        wanted = (self.captions_per_image or len(captions)) - len(fixed)
+        return fixed + [others[i] for i in random.permutation(len(others))[:wanted].tolist()]
 
     def _sample(self, index: int, bad: list[tuple[str, str]]) -> Sample | None:
         """Decoded, with all its captions; None and an entry in `bad` when it cannot be used."""

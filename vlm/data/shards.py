@@ -160,6 +160,8 @@ class Shards:
         self._keys, self._ends = bytes(table.keys), np.array(table.ends, dtype=np.int64)
         self._refuse_repeats(np.array(table.hashes, dtype=np.int64))
         self._refuse_unusable(seen)
+        for line in self._damage:
+            log.warning("%s", line)
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -233,6 +235,7 @@ class Shards:
         stat = file.stat()
         finished: set[str] = set()
         key, members = "", dict[str, tuple[int, int]]()
+        damaged = len(self._damage)
         for name, offset, size in _members(file, self._damage):
             stem, _, suffix = name.rpartition("/")[2].partition(".")
             if not stem or not suffix:
@@ -248,7 +251,7 @@ class Shards:
                 )
             members[suffix] = offset, size
             seen[suffix] += 1
-        if self._damage and self._damage[-1].startswith(f"{file}: "):
+        if len(self._damage) > damaged:
             self._finish_damaged(number, key, members, table)
         else:
             self._finish(number, key, members, table)
@@ -270,7 +273,7 @@ class Shards:
         before = self.bad.copy()
         self._finish(number, key, members, table)  # it may lack only what nobody asks for
         self.bad = before + Counter({"damaged shard": 1})
-        log.warning("%s; the samples before that are used", self._damage[-1])
+        self._damage[-1] += f"; the {table.shards.count(number)} samples before that are used"
 
     def _refuse_repeats(self, hashes: npt.NDArray[np.int64]) -> None:
         order = np.argsort(hashes, kind="stable")
@@ -286,7 +289,7 @@ class Shards:
         names = f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
         wanted = f"image={';'.join(self._images)!r}, caption={self._caption_spec()!r}"
         if not len(self) and self._damage:
-            raise ValueError("\n".join([*self._damage[:5], f"{names}: no sample with picture and caption before that"]))
+            raise ValueError("\n".join([*self._damage[:5], f"{names}: no sample has both picture and caption"]))
         if not len(self):
             found = ", ".join(f"{suffix} ({count})" for suffix, count in seen.most_common(12)) or "no members at all"
             raise ValueError(
@@ -336,10 +339,11 @@ def _members(file: Path, damage: list[str]) -> Iterator[tuple[str, int, int]]:
         with tarfile.open(file, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if member.isreg() and member.offset_data + member.size > whole:
+                plain = member.isreg() and not member.issparse()
+                if plain and member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"{member.name!r} is not all there")
                 end = tar.offset
-                if member.isreg() and not member.issparse():
+                if plain:
                     yield member.name, member.offset_data, member.size
             end = tar.offset
     except OSError as error:

@@ -38,13 +38,15 @@ def write(
 ) -> list[str]:
     """As `describe`, for images looked at already."""
     prompt = _prompt(model, tokenizer, template, max_tokens)
+    if model.language is None and sampling.max_new > max_tokens:
+        raise ValueError(f"max_new={sampling.max_new}: this Q-Former was built for texts of {max_tokens} tokens")
     text = pad([prompt] * len(seen.soft), tokenizer.pad, side="left")
     text = Text(text.ids.to(seen.soft.device), text.valid.to(seen.soft.device), text.labels.to(seen.soft.device))
     hidden, state = model.begin(seen, text)
     logits = model.logits(last_valid(hidden, text.valid))
     said = torch.where(text.valid, text.ids, -1)
     rows = generate(model.proceed, logits, state, said, tokenizer.eos, sampling, generator)
-    return [tokenizer.decode(row).strip() for row in rows]
+    return [" ".join(tokenizer.decode(row).split()) for row in rows]  # one line each, whatever was drawn
 
 
 def _prompt(model: VisionLanguageModel, tokenizer: Tokenizer, template: str, max_tokens: int) -> Encoded:

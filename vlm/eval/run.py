@@ -56,7 +56,7 @@ def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = Non
         "counts": {
             "images": len(features.image_ids),
             "captions": len(features.text_ids),
-            "unusable": dict(loader.bad),
+            "unusable": dict(source.bad + loader.bad),
             "rerank_k": k,
         },
     }
@@ -99,6 +99,8 @@ def caption(
     Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
     paths = list(find_images(images))
     trained = restore(run, best_device())
+    if "lm" not in {loss.kind for loss in trained.run.losses}:
+        raise ValueError(f"{run} was trained without lm, so it cannot write captions")
     longest = trained.run.data.max_tokens if max_new is None else max_new
     sampling = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
     generator = torch.Generator(best_device()).manual_seed(seed)

@@ -32,11 +32,15 @@ class QFormer(nn.Module):
         hidden: int | None = None,
         cross_every: int = 2,
         text: "TextBranch | None" = None,
+        image_norm: nn.Module | None = None,
         out_dim: int | None = None,
         dropout: float = 0.0,
         eps: float = 1e-12,
     ) -> None:
-        """`text`: vocabulary side, absent in stage 2; `out_dim`: width of the language model that reads the queries."""
+        """`text`: vocabulary side, absent in stage 2; `image_norm`: what image tokens pass first (BLIP-2: a LayerNorm).
+
+        `out_dim`: width of the language model that reads the queries.
+        """
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         routes = [Route.QUERY] if text is None else [Route.QUERY, Route.TEXT]
@@ -57,6 +61,7 @@ class QFormer(nn.Module):
         self.queries = nn.Parameter(torch.empty(queries, dim))
         self.embed_norm, self.embed_dropout = norm(), nn.Dropout(dropout)
         self.text = text
+        self.image_norm = nn.Identity() if image_norm is None else image_norm
         self.stack = Stack([block(i) for i in range(layers)])
         self.out = nn.Identity() if out_dim is None else nn.Linear(dim, out_dim)
         self.width, self.dim, self.tokens = dim, dim if out_dim is None else out_dim, queries
@@ -73,8 +78,12 @@ class QFormer(nn.Module):
 
     def forward(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q E"]:
         """The connector for a language model: queries after they have looked at the image, at its width."""
-        out: Tensor = self.out(self.query(self.stack.look(image), len(image)).hidden)
+        out: Tensor = self.out(self.query(self.look(image), len(image)).hidden)
         return out
+
+    def look(self, image: Float[Tensor, "B N C"]) -> ImageMemory:
+        """The image as the cross-attentions see it: made once, used by every pass."""
+        return self.stack.look(self.image_norm(image))
 
     def query(self, image: ImageMemory, batch: int) -> Output:
         """The queries alone; `state` of the result lets texts continue from it (`write`)."""

@@ -19,6 +19,7 @@ from vlm.data.image import ImageTransform
 from vlm.model.weights.files import load_into, read
 
 ClassToken = Literal["keep", "drop"]
+Resize = Literal["shortest", "squash", "longest"]
 
 
 class ImageEncoder(nn.Module):
@@ -179,17 +180,22 @@ def _classifier_keys(model: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+_RESIZE: dict[str, Resize] = {"center": "shortest", "squash": "squash", "border": "longest"}  # timm's names
+
+
 def _timm_transform(model: Any, image_size: int | None) -> ImageTransform:
     config = resolve_model_data_config(model)
     size = config["input_size"][1:] if image_size is None else (image_size, image_size)
     bilinear = config["interpolation"] == "bilinear"
+    fill = [round(255 * mean) for mean in config["mean"]]
     return ImageTransform(
         size=(size[0], size[1]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        resize="squash" if config["crop_mode"] == "squash" else "shortest",
+        resize=_RESIZE[config["crop_mode"]],
         interpolation="bilinear" if bilinear else "bicubic",
         crop_fraction=float(config["crop_pct"]) if image_size is None else 1.0,
+        fill=(fill[0], fill[1], fill[2]),
     )
 
 

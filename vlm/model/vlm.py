@@ -95,7 +95,7 @@ class VisionLanguageModel(nn.Module):
         """Runs the connector on image tokens (from `vision`, or a cache of it)."""
         if not isinstance(self.connector, QFormer):
             return Seen(self.connector(image))
-        memory = self.connector.stack.look(image)
+        memory = self.connector.look(image)
         queries = self.connector.query(memory, len(image))
         return Seen(self.connector.out(queries.hidden), memory, queries.state)
 

@@ -35,6 +35,7 @@ STAGES = {
     "2-qformer": "freeze the encoder; train a Q-Former with ITC, ITM and LM (BLIP-2 stage 1)",
     "3-caption": "couple the Q-Former to a small decoder; train both with LM (BLIP-2 stage 2)",
 }
+LATER = {"1-clip": 0.8, "2-qformer": 0.6, "3-caption": 0.1}  # what follows a stage, as a multiple of it (measured)
 SHOWN = 24  # pictures on the page, every 21st of the 503, right or wrong
 
 
@@ -50,7 +51,7 @@ def quickstart(out: Path, overwrite: bool = False, overrides: Sequence[str] = ()
     for number, (name, purpose) in enumerate(STAGES.items(), 1):
         note(f"\n[{number}/5] {purpose}")
         start = time.perf_counter()
-        train_run(runs[name], out / name, title=name)
+        train_run(runs[name], out / name, title=name, later=LATER[name])
         seconds[name] = time.perf_counter() - start
     note("\n[4/5] evaluate on pictures in a drawing style that no run has seen")
     metrics = _evaluate(out)
@@ -76,12 +77,14 @@ def _clear(out: Path, overwrite: bool) -> None:
 
 
 def _settings(name: str, out: Path, overrides: Sequence[str]) -> schema.Run:
-    inits = {
+    clip, qformer = out / "1-clip", out / "2-qformer"
+    vocabulary = f"tokenizer={{kind: file, path: '{clip / 'tokenizer.json'}'}}"
+    earlier = {
         "1-clip": [],
-        "2-qformer": [f"model.init.vision={out / '1-clip'}"],
-        "3-caption": [f"model.init.vision={out / '1-clip'}", f"model.init.connector={out / '2-qformer'}"],
+        "2-qformer": [vocabulary, f"model.init.vision={clip}"],
+        "3-caption": [vocabulary, f"model.init.vision={clip}", f"model.init.connector={qformer}"],
     }
-    return load(schema.Run, HERE / f"{name}.yaml", [f"data.train={TRAIN}", *inits[name], *overrides])
+    return load(schema.Run, HERE / f"{name}.yaml", [f"data.train={TRAIN}", *earlier[name], *overrides])
 
 
 def _evaluate(out: Path) -> dict[str, Any]:

@@ -108,9 +108,7 @@ class Log:
             left = clock(pace * (self.steps - done))
             if self._later:
                 left += f" ({clock(pace * (self.steps * (1 + self._later) - done))} in all)"
-            self.say(
-                f"{self.title} {done}/{self.steps}  {note}  {speed.get('samples', 0):.0f} samples/s  {left} left"
-            )
+            self.say(f"{self.title} {done}/{self.steps}  {note}  {speed.get('samples', 0):.0f} samples/s  {left} left")
         self._warn(done, means)
         self._sums.clear()
         self._count, self._since = 0, now

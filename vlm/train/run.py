@@ -75,19 +75,9 @@ def train_run(
     chance = {
         o.name: o.chance(run.train.batch_size, run.train.batch_size * run.data.captions_per_image) for o in objectives
     }
-    plan = Plan(
-        run.train.steps,
-        run.train.accumulate,
-        run.train.warmup,
-        run.train.final_lr,
-        run.train.clip,
-        run.train.seed,
-        run.train.eval_every,
-        run.train.save_every,
-    )
     try:
         with Log(out, run.train.steps, title, run.train.log_every, chance, start, run.train.report_to, later) as log:
-            fit(task, batches, optimizer, plan, log, precision, save, check, average, start)
+            fit(task, batches, optimizer, plan(run.train), log, precision, save, check, average, start)
     except Interrupted as stop:
         note(
             f"{title}: stopped and saved at step {stop.step}; go on with: vlm train {out / CONFIG} --out {out} --resume"
@@ -134,6 +124,20 @@ def render(lines: Sequence[Line]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def plan(train: schema.Train) -> Plan:
+    """The settings that the loop needs."""
+    return Plan(
+        train.steps,
+        train.accumulate,
+        train.warmup,
+        train.final_lr,
+        train.clip,
+        train.seed,
+        train.eval_every,
+        train.save_every,
     )
 
 

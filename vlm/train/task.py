@@ -130,7 +130,7 @@ class Lm:
         batch = views.batch
         text = self._text(batch)
         seen = replace(views.seen, memory=None)
-        if len(batch.owner) != len(batch.images) or views.model.language is not None:
+        if len(batch.owner) != len(batch.images):  # else each text belongs to the image of its own row
             seen = seen.select(batch.owner)
         hidden, target = language.supervised(views.model.write(seen, text), text.labels)
         return language.language(views.model.logits(hidden), target, self.label_smoothing)

@@ -1,0 +1,46 @@
+"""Nothing in a forward pass is pinned to the CPU: the same passes with fake CUDA tensors."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.model.small import blip2, llava, pictures, words
+from vlm.data.batch import Text
+from vlm.model.generate import Sampling, choose
+from vlm.model.vlm import VisionLanguageModel, last_valid
+
+
+def on_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replaces parameters and buffers in place by fake ones that claim to be on a GPU."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fake = mode.from_tensor(parameter.detach()).to("cuda")
+            setattr(module, name, nn.Parameter(fake, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, mode.from_tensor(buffer).to("cuda"))
+
+
+@pytest.mark.parametrize("make", [blip2, llava])
+def test_forward_stays_on_the_device(make: Callable[[], VisionLanguageModel]) -> None:
+    model = make()
+    images, text = pictures(2), words(model, [5, 5])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        on_fake_cuda(model, mode)
+        text = Text(*(mode.from_tensor(part).to("cuda") for part in (text.ids, text.valid, text.labels)))
+        seen = model.see(mode.from_tensor(images).to("cuda"))
+        found: list[Tensor] = [seen.soft]
+        if model.contrast is not None:
+            found += [model.embed_image(seen), model.embed_text(text), model.match_logits(seen, text)]
+            hidden, state = model.begin(seen, text)
+            logits = model.logits(last_valid(hidden, text.valid))
+            chosen = choose(logits, torch.zeros_like(logits, dtype=torch.bool), Sampling(temperature=0.7, top_p=0.9))
+            one = torch.ones_like(chosen[:, None], dtype=torch.bool)
+            more = model.connector.write(chosen[:, None], one, state, state.position)  # type: ignore[attr-defined]
+            found += [hidden, logits, chosen, more.hidden]
+        else:
+            assert model.language is not None
+            found.append(model.language.embed(text.ids))
+        assert {part.device.type for part in found} == {"cuda"}

@@ -17,7 +17,7 @@ from vlm.config.schema import Run
 from vlm.data.batch import Batch, collate
 from vlm.data.image import decode
 from vlm.data.shards import Sample
-from vlm.train.optim import adamw, assign
+from vlm.train.optim import assign, make_optimizer
 from vlm.train.run import frozen_parts, objective, rules
 from vlm.train.task import Task
 
@@ -126,7 +126,7 @@ class Made:
         self.tokenizer = build.tokenizer(run.tokenizer, self.shards.captions())
         self.model = build.model(run, self.tokenizer)
         decided = assign(self.model, rules(run), frozen_parts(run))
-        self.optimizer = adamw(self.model, decided, run.train.betas)
+        self.optimizer = make_optimizer(self.model, decided, run.train.betas)
         self.task = Task(self.model, [objective(loss, self.tokenizer) for loss in run.losses])
         self.loader = build.training_loader(
             run, self.shards, self.model.vision.transform, self.tokenizer, self.model.image_tokens

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm import checkpoint
-from vlm.train.optim import Rule, adamw, assign
+from vlm.train.optim import Rule, assign, make_optimizer
 
 
 class Net(nn.Module):
@@ -40,7 +40,7 @@ class Job:
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").touch()
         self.net = Net(seed)
-        self.optimizer = adamw(self.net, assign(self.net, [Rule(".*", 1e-2, 0.1)], ["vision"]), (0.9, 0.98))
+        self.optimizer = make_optimizer(self.net, assign(self.net, [Rule(".*", 1e-2, 0.1)], ["vision"]), (0.9, 0.98))
         self.net.vision.eval()
         self.stored = checkpoint.divide(self.net, {"vision"})
 
@@ -138,7 +138,7 @@ def test_memory_is_laid_out_as_its_parameter(job: Job) -> None:
     def conv() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 4, 2)).to(memory_format=torch.channels_last)
-        return net, adamw(net, assign(net, [Rule(".*", 1e-2, 0.0)]), (0.9, 0.98))
+        return net, make_optimizer(net, assign(net, [Rule(".*", 1e-2, 0.0)]), (0.9, 0.98))
 
     def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         optimizer.zero_grad()
@@ -160,7 +160,7 @@ def test_memory_of_what_does_not_learn_now_is_refused(job: Job) -> None:
     folder = job.save(1)
     other = Job(job.run)
     rules = [Rule(r"connector\.0\.weight", 1e-2, 0.0), Rule(".*", None, 0.0)]
-    optimizer = adamw(other.net, assign(other.net, rules), (0.9, 0.98))
+    optimizer = make_optimizer(other.net, assign(other.net, rules), (0.9, 0.98))
     with pytest.raises(ValueError, match=r"was trained with connector\.0\.bias, which does not learn now: compare"):
         checkpoint.load_optimizer(folder, other.net, optimizer)
 

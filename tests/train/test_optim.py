@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vlm.train.optim import Rule, adamw, assign, rate, set_rate, table
+from vlm.train.optim import Rule, assign, make_optimizer, rate, set_rate, table
 
 
 def model() -> nn.Module:
@@ -96,7 +96,7 @@ def test_long_lists_are_cut() -> None:
 
 def test_single_vectors_are_not_decayed() -> None:
     net = model()
-    optimizer = adamw(net, assign(net, [Rule("head.*", 1e-2, 0.3), Rule(".*", 1e-3, 0.1)]), (0.9, 0.98))
+    optimizer = make_optimizer(net, assign(net, [Rule("head.*", 1e-2, 0.3), Rule(".*", 1e-3, 0.1)]), (0.9, 0.98))
     found = {
         name: (group["lr"], group["peak_lr"], group["weight_decay"])
         for name, parameter in net.named_parameters()
@@ -115,7 +115,7 @@ def test_single_vectors_are_not_decayed() -> None:
 
 def test_only_matrices_shrink_without_a_gradient() -> None:
     net = model()
-    optimizer = adamw(net, assign(net, [Rule(".*", 0.1, 0.5)]), (0.9, 0.98))
+    optimizer = make_optimizer(net, assign(net, [Rule(".*", 0.1, 0.5)]), (0.9, 0.98))
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -149,7 +149,7 @@ def test_rate_rises_then_falls(steps: int, data: st.DataObject) -> None:
 
 def test_set_rate_keeps_the_ratio_of_groups() -> None:
     net = model()
-    optimizer = adamw(net, assign(net, [Rule("head.*", 1e-2, 0.0), Rule(".*", 1e-3, 0.0)]), (0.9, 0.98))
+    optimizer = make_optimizer(net, assign(net, [Rule("head.*", 1e-2, 0.0), Rule(".*", 1e-3, 0.0)]), (0.9, 0.98))
     set_rate(optimizer, 0.5)
     set_rate(optimizer, 0.1)
     assert sorted(group["lr"] for group in optimizer.param_groups) == pytest.approx([1e-4, 1e-3])

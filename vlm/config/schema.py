@@ -246,6 +246,9 @@ class Group(Section):
     match: str = Field(description="regular expression on the whole name")
     lr: float | None = Field(gt=0, description="peak learning rate; null freezes")
     weight_decay: float | None = Field(None, ge=0, description="train.weight_decay unless given")
+    muon: float | None = Field(
+        None, gt=0, description="rate of Muon for their matrices; the rest learns by AdamW at lr"
+    )
 
 
 class Train(Section):

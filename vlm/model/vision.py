@@ -3,6 +3,7 @@
 Letters: B batch, N image tokens, C image width.
 """
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -167,12 +168,21 @@ def timm_encoder(
     model: Any = timm.create_model(
         tagged, pretrained=weights is not None and not from_file, num_classes=0, **(args or {})
     )
+    resizable = image_size is not None and hasattr(model, "set_input_size")
     if from_file:
         assert weights is not None
+        # A file may hold positions of the model's own size or, when it was trained here, of the size asked for.
+        if resizable and not _fits(model, read(Path(weights))):
+            model.set_input_size(img_size=(image_size, image_size))
         load_into(model, Path(weights), optional=_classifier_keys(model))
-    if image_size is not None and hasattr(model, "set_input_size"):
+    if resizable:
         model.set_input_size(img_size=(image_size, image_size))
     return ImageEncoder(TimmBackbone(model, layer, class_token), _timm_transform(model, image_size), frozen, dtype)
+
+
+def _fits(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    own = model.state_dict()
+    return all(own[name].shape == tensor.shape for name, tensor in weights.items() if name in own)
 
 
 def _classifier_keys(model: Any) -> tuple[str, ...]:

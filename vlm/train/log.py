@@ -1,6 +1,7 @@
 """What a run tells: a progress bar on a terminal or plain lines, metrics.jsonl always, TensorBoard on request."""
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -125,7 +126,7 @@ class Log:
             )
 
     def _write(self, done: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": done, **{k: round(float(v), 6) for k, v in values.items()}}) + "\n")
+        self._file.write(json.dumps({"step": done, **{k: _plain(v) for k, v in values.items()}}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -136,6 +137,11 @@ def clock(seconds: float) -> str:
     """Seconds as minutes and seconds, 4:05."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
+
+
+def _plain(value: float) -> float | None:
+    """JSON knows no NaN and no infinity: null."""
+    return round(float(value), 6) if math.isfinite(value) else None
 
 
 def cut_after(path: Path, step: int) -> None:
@@ -155,10 +161,13 @@ def cut_after(path: Path, step: int) -> None:
     draft.replace(path)
 
 
-def read_metrics(folder: Path) -> list[dict[str, int | float]]:
-    """All records of a run, in order."""
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All records of a run, in order; what was not finite is NaN again."""
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: math.nan if value is None else float(value) for key, value in record.items()} for record in records]
 
 
 def check_reports(report_to: Sequence[str]) -> None:

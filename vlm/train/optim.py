@@ -4,10 +4,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
+
+from vlm.train.muon import Muon, Together
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Rule:
     match: str
     lr: float | None
     weight_decay: float
+    muon: float | None = None  # rate of Muon for the matrices and kernels among them
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,32 @@ def table(model: nn.Module, decided: dict[str, Rule]) -> list[Line]:
     return [Line(part, match, lr, len(sizes), sum(sizes)) for (part, match, lr), sizes in lines.items()]
 
 
-def adamw(model: nn.Module, decided: dict[str, Rule], betas: tuple[float, float]) -> AdamW:
-    """AdamW (fused) with one group per rate and decay; single vectors (biases, norms, positions) are not decayed."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+def make_optimizer(model: nn.Module, decided: Mapping[str, Rule], betas: tuple[float, float]) -> Optimizer:
+    """AdamW (fused) with one group per rate and decay, and Muon for the matrices of rules that ask for it.
+
+    Single vectors (biases, norms, positions) are not decayed, and never Muon's.
+    """
+    adamw: dict[tuple[float, float], list[nn.Parameter]] = {}
+    muon: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rule = decided.get(name)
-        if rule is not None:
-            assert rule.lr is not None
+        if rule is None:
+            continue
+        assert rule.lr is not None
+        if rule.muon is not None and parameter.ndim > 1:
+            muon.setdefault((rule.muon, rule.weight_decay), []).append(parameter)
+        else:
             decay = rule.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rule.lr, decay), []).append(parameter)
-    listed = [
-        {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}
-        for (lr, decay), parameters in groups.items()
+            adamw.setdefault((rule.lr, decay), []).append(parameter)
+    if not muon:
+        return AdamW(_groups(adamw), betas=betas, fused=True)
+    return Together(([AdamW(_groups(adamw), betas=betas, fused=True)] if adamw else []) + [Muon(_groups(muon))])
+
+
+def _groups(parameters: Mapping[tuple[float, float], list[nn.Parameter]]) -> list[dict[str, Any]]:
+    return [
+        {"params": alike, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), alike in parameters.items()
     ]
-    return AdamW(listed, betas=betas, fused=True)
 
 
 def rate(step: int, steps: int, warmup: int, final: float) -> float:

@@ -19,7 +19,7 @@ from vlm.restore import CONFIG, TOKENIZER, initialise, relative_init, sourced_pa
 from vlm.train.average import Average
 from vlm.train.log import BOARD, METRICS, Log, check_reports, note
 from vlm.train.loop import Interrupted, Plan, autocast, fit
-from vlm.train.optim import Line, Rule, adamw, assign, table
+from vlm.train.optim import Line, Rule, assign, make_optimizer, table
 from vlm.train.task import Itc, Itm, Lm, Objective, Task
 
 
@@ -57,7 +57,7 @@ def train_run(
     precision = build.precision(run, device)
     objectives = [objective(loss, tokenizer) for loss in run.losses]
     task = Task(model, objectives)
-    optimizer = adamw(model, decided, run.train.betas)
+    optimizer = make_optimizer(model, decided, run.train.betas)
     average = None if run.train.ema is None else Average(model, run.train.ema)
     start = _resume(out, model, sourced_parts(run), optimizer, average) if resume else 0
     loader = build.training_loader(run, source, model.vision.transform, tokenizer, model.image_tokens)
@@ -144,7 +144,7 @@ def plan(train: schema.Train) -> Plan:
 def rules(run: schema.Run) -> list[Rule]:
     """The settings' patterns with their defaults filled in."""
     decay = run.train.weight_decay
-    return [Rule(g.match, g.lr, decay if g.weight_decay is None else g.weight_decay) for g in run.train.params]
+    return [Rule(g.match, g.lr, decay if g.weight_decay is None else g.weight_decay, g.muon) for g in run.train.params]
 
 
 def frozen_parts(run: schema.Run) -> list[str]:

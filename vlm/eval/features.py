@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlm.data.batch import Text
 from vlm.data.loader import Loader
-from vlm.model.vlm import VisionLanguageModel
+from vlm.loss.contrastive import inverse_temperature
+from vlm.model.vlm import VisionLanguageModel, need
 from vlm.nn.backend import fast_float32
 
 
@@ -64,12 +65,14 @@ def extract(model: VisionLanguageModel, loader: Loader, keep_tokens: bool) -> Fe
 def match_pairs(
     model: VisionLanguageModel, features: Features, image: Int[Tensor, "P"], text: Int[Tensor, "P"]
 ) -> Float[Tensor, "P"]:
-    """ITM log-odds of each pair; each different image is projected once."""
+    """ITM log-odds of each pair plus its contrastive logit, the two opinions as one; each image is projected once."""
     different, row = image.unique(return_inverse=True)
     with fast_float32():
         seen = model.connect(torch.stack([features.tokens[i] for i in different.tolist()])).select(row)
         logits = model.match_logits(seen, _padded([features.words[i] for i in text.tolist()], features.pad)).float()
-    return logits[:, 1] - logits[:, 0]
+    cosine = torch.einsum("pqe,pe->pq", features.image[image], features.text[text]).amax(1)
+    contrast = need(model.contrast, "contrastive head")
+    return logits[:, 1] - logits[:, 0] + cosine * inverse_temperature(contrast.log_scale)
 
 
 def _padded(rows: list[Tensor], pad: int) -> Text:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlm.loss.matching import CHANCE, hard_pairs, matching
+from vlm.loss.matching import chance, hard_pairs, matching
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -127,13 +127,22 @@ def test_seeded_draws_repeat() -> None:
 
 
 def test_chance_is_the_loss_of_knowing_only_the_share() -> None:
-    assert pytest.approx(0.6365, abs=1e-4) == CHANCE
+    assert chance() == pytest.approx(0.6365, abs=1e-4)
     match = torch.tensor([1, 0, 0])
     logits = torch.tensor([[2 / 3, 1 / 3]]).log().expand(3, 2)
-    assert float(matching(logits, match)) == pytest.approx(CHANCE)
+    assert float(matching(logits, match)) == pytest.approx(chance())
 
 
 def test_loss_by_hand() -> None:
     logits = torch.tensor([[1.0, 3.0], [4.0, 1.0]]).log()
     assert float(matching(logits, torch.tensor([1, 0]))) == pytest.approx((math.log(4 / 3) + math.log(5 / 4)) / 2)
     assert matching(logits.bfloat16(), torch.tensor([1, 0])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_chance_with_smoothing_is_the_least_loss_of_a_constant_answer(smoothing: float) -> None:
+    match = torch.tensor([1, 0, 0])
+    bias = torch.linspace(-4, 4, 4001)
+    constant = torch.stack([torch.zeros_like(bias), bias], 1)
+    losses = torch.stack([matching(row.expand(3, 2), match, smoothing) for row in constant])
+    assert float(losses.min()) == pytest.approx(chance(smoothing), abs=1e-5)

@@ -224,6 +224,7 @@ class ItmLoss(Section):
 
     kind: Literal["itm"]
     weight: float = Field(1.0, gt=0)
+    label_smoothing: Fraction = Field(0.0, description="keeps it from being surer than a small data set warrants")
 
 
 class LmLoss(Section):

@@ -11,8 +11,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-CHANCE = math.log(3) - 2 / 3 * math.log(2)  # entropy of one positive among two negatives: 0.637
-
 
 class Pairs(NamedTuple):
     """Pairs to judge: image index, text index, and whether they belong together."""
@@ -54,6 +52,12 @@ def _draw(logits: Tensor, positive: Tensor, generator: torch.Generator | None) -
     return torch.multinomial(weight, 1, generator=generator)[:, 0], exists
 
 
-def matching(logits: Float[Tensor, "P 2"], match: Int[Tensor, "P"]) -> Float[Tensor, ""]:
+def matching(logits: Float[Tensor, "P 2"], match: Int[Tensor, "P"], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
     """Cross-entropy of the two-way matching head."""
-    return cross_entropy(logits.float(), match)
+    return cross_entropy(logits.float(), match, label_smoothing=label_smoothing)
+
+
+def chance(label_smoothing: float = 0.0) -> float:
+    """The loss of a model that only knows that one pair in three matches: 0.637 without smoothing."""
+    share = (1 - label_smoothing) / 3 + label_smoothing / 2
+    return -share * math.log(share) - (1 - share) * math.log(1 - share)

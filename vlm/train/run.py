@@ -110,7 +110,7 @@ def objective(settings: schema.Loss, tokenizer: Tokenizer) -> Objective:
         case schema.ItcLoss():
             return Itc(settings.weight, settings.label_smoothing)
         case schema.ItmLoss():
-            return Itm(settings.weight)
+            return Itm(settings.weight, settings.label_smoothing)
         case schema.LmLoss():
             return Lm(tokenizer.size, tokenizer.dec, settings.weight, settings.label_smoothing)
 

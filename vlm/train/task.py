@@ -87,9 +87,9 @@ class Itm:
 
     name = "itm"
 
-    def __init__(self, weight: float = 1.0) -> None:
-        """`weight` in the sum of the losses."""
-        self.weight = weight
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
+        """`label_smoothing` keeps the head from being surer than a small data set warrants; BLIP-2 has none."""
+        self.weight, self.label_smoothing = weight, label_smoothing
 
     def share(self, batch: Batch) -> int:
         """By texts."""
@@ -97,14 +97,15 @@ class Itm:
 
     def chance(self, images: int, texts: int) -> float:
         """Entropy of one positive among two negatives."""
-        return matching.CHANCE
+        return matching.chance(self.label_smoothing)
 
     def __call__(self, views: Views) -> Float[Tensor, ""]:
         """Cross-entropy over 3 M pairs."""
         batch = views.batch
         pairs = matching.hard_pairs(views.logits, batch.positive, batch.owner)
         seen = replace(views.seen, state=None).select(pairs.image)
-        return matching.matching(views.model.match_logits(seen, batch.captions.select(pairs.text)), pairs.match)
+        logits = views.model.match_logits(seen, batch.captions.select(pairs.text))
+        return matching.matching(logits, pairs.match, self.label_smoothing)
 
 
 class Lm:

@@ -35,7 +35,7 @@ STAGES = {
     "2-qformer": "freeze the encoder; train a Q-Former with ITC, ITM and LM (BLIP-2 stage 1)",
     "3-caption": "couple the Q-Former to a small decoder; train both with LM (BLIP-2 stage 2)",
 }
-LATER = {"1-clip": 0.8, "2-qformer": 0.6, "3-caption": 0.1}  # what follows a stage, as a multiple of it (measured)
+LATER = {"1-clip": 1.0, "2-qformer": 0.9, "3-caption": 0.5}  # what follows a stage, as a multiple of it (measured)
 SHOWN = 24  # pictures on the page, every 21st of the 503, right or wrong
 
 

@@ -65,14 +65,18 @@ def extract(model: VisionLanguageModel, loader: Loader, keep_tokens: bool) -> Fe
 def match_pairs(
     model: VisionLanguageModel, features: Features, image: Int[Tensor, "P"], text: Int[Tensor, "P"]
 ) -> Float[Tensor, "P"]:
-    """ITM log-odds of each pair plus its contrastive logit, the two opinions as one; each image is projected once."""
+    """ITM probability of each pair plus its contrastive logit; each image is projected once.
+
+    Bounded like this, ITM decides where ITC sees little difference. The plain sums of logits that BLIP uses were 1 to 2
+    points worse at R@1 on a drawing style held out of the quickstart's training, where ITM is surer than it should be.
+    """
     different, row = image.unique(return_inverse=True)
     with fast_float32():
         seen = model.connect(torch.stack([features.tokens[i] for i in different.tolist()])).select(row)
         logits = model.match_logits(seen, _padded([features.words[i] for i in text.tolist()], features.pad)).float()
     cosine = torch.einsum("pqe,pe->pq", features.image[image], features.text[text]).amax(1)
     contrast = need(model.contrast, "contrastive head")
-    return logits[:, 1] - logits[:, 0] + cosine * inverse_temperature(contrast.log_scale)
+    return logits.softmax(1)[:, 1] + cosine * inverse_temperature(contrast.log_scale)
 
 
 def _padded(rows: list[Tensor], pad: int) -> Text:

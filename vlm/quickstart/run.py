@@ -36,7 +36,7 @@ STAGES = {
     "3-caption": "couple the Q-Former to a small decoder; train both with LM (BLIP-2 stage 2)",
 }
 LATER = {"1-clip": 1.0, "2-qformer": 0.9, "3-caption": 0.5}  # what follows a stage, as a multiple of it (measured)
-SHOWN = 24  # pictures on the page, every 21st of the 503, right or wrong
+SHOWN = 24  # pictures on the page, evenly spaced over the 503, right or wrong
 
 
 def quickstart(out: Path, overwrite: bool = False, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
@@ -49,10 +49,8 @@ class Log:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=self.console,
-                transient=True,
             )
             if self.console.is_terminal
             else None
@@ -102,13 +100,13 @@ class Log:
         values |= {"train/samples_per_second": speed.get("samples", 0.0), "seconds": now - self._began}
         self._write(done, values)
         note = "  ".join(f"{name} {value:.3f} (chance {self.chance.get(name, 0):.3f})" for name, value in means.items())
+        pace = (now - self._began) / max(1, done - self._start)
+        left = clock(pace * (self.steps - done))
+        if self._later:
+            left += f" ({clock(pace * (self.steps * (1 + self._later) - done))} in all)"
         if self._bar is not None:
-            self._bar.update(self._task, note=note)
+            self._bar.update(self._task, note=f"{note}  {left} left")
         else:
-            pace = (now - self._began) / max(1, done - self._start)
-            left = clock(pace * (self.steps - done))
-            if self._later:
-                left += f" ({clock(pace * (self.steps * (1 + self._later) - done))} in all)"
             self.say(f"{self.title} {done}/{self.steps}  {note}  {speed.get('samples', 0):.0f} samples/s  {left} left")
         self._warn(done, means)
         self._sums.clear()

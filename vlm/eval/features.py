@@ -67,8 +67,8 @@ def match_pairs(
 ) -> Float[Tensor, "P"]:
     """ITM probability of each pair plus its contrastive logit; each image is projected once.
 
-    Bounded like this, ITM decides where ITC sees little difference. The plain sums of logits that BLIP uses were 1 to 2
-    points worse at R@1 on a drawing style held out of the quickstart's training, where ITM is surer than it should be.
+    Bounded like this, ITM decides where ITC sees little difference. Adding its log-odds instead was 1.8 points worse at
+    R@1 in three of four trial runs (0.2 better in one) on a drawing style held out of training, where ITM is too sure.
     """
     different, row = image.unique(return_inverse=True)
     with fast_float32():

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from vlm.model.weights.files import differences, read
 
-LATEST = "latest"
+CONFIG, LATEST = "config.yaml", "latest"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Stored:
 
     kept: list[str]
     frozen: list[str]
+    sha256: str  # of the frozen ones, which no step changes: hashed once, however often is saved
 
 
 def divide(model: nn.Module, sourced: Collection[str]) -> Stored:
@@ -41,7 +42,7 @@ def divide(model: nn.Module, sourced: Collection[str]) -> Stored:
         part = name.split(".")[0]
         asleep = name not in learning if name in parameters else part not in awake
         (frozen if part in sourced and asleep else kept).append(name)
-    return Stored(kept, frozen)
+    return Stored(kept, frozen, fingerprint(model.state_dict(), frozen))
 
 
 def fingerprint(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
@@ -79,7 +80,7 @@ def save(
         _write(draft / "optimizer.safetensors", optimizer_tensors(model, optimizer))
         if average is not None:
             _write(draft / "average.safetensors", average)
-        frozen = {"tensors": len(stored.frozen), "sha256": fingerprint(weights, stored.frozen)}
+        frozen = {"tensors": len(stored.frozen), "sha256": stored.sha256}
         state = {"step": step, "frozen": frozen, **(extra or {})}
         (draft / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         for file in draft.iterdir():
@@ -102,8 +103,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 def latest(run: Path) -> Path:
     """The newest complete checkpoint. Errors: a folder that is no run, or a run that has saved nothing yet."""
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is not the folder of a run: it has no config.yaml")
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run} is not the folder of a run: it has no {CONFIG}")
     pointer = run / LATEST
     named = run / pointer.read_text().strip() if pointer.is_file() else None
     if named is not None and (named / "state.json").is_file():

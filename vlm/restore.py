@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from vlm import build, checkpoint
+from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.vlm import VisionLanguageModel
 
-CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)

@@ -126,3 +126,11 @@ def test_several_captions_of_one_image(tmp_path: Path) -> None:
     assert losses.each["itc"].isfinite()
     assert losses.each["itm"].isfinite()  # all pairs match here, so there are no negatives
     assert Itc().share(batch) == 8
+
+
+def test_parts_that_learn_nothing_stay_in_evaluation_mode(tmp_path: Path) -> None:
+    only = [{"match": "connector.*", "lr": 1e-3}, {"match": ".*", "lr": None}]
+    made = Made(tiny_run(tmp_path, "decoder", params=only))
+    made.task.train()
+    awake = {name.split(".")[1] for name, module in made.task.named_modules() if module.training and "." in name}
+    assert awake == {"connector"}

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from vlm import build, checkpoint
+from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import dump, load
 from vlm.data.batch import Batch
 from vlm.data.loader import Loader
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.nn.backend import best_device, fast_float32
-from vlm.restore import CONFIG, TOKENIZER, initialise, relative_init, sourced_parts
+from vlm.restore import TOKENIZER, initialise, relative_init, sourced_parts
 from vlm.train.average import Average
 from vlm.train.log import BOARD, METRICS, Log, check_reports, note
 from vlm.train.loop import Interrupted, Plan, autocast, fit

@@ -162,6 +162,14 @@ class Task(nn.Module):
         super().__init__()
         self.model, self.objectives = model, list(objectives)
 
+    def train(self, mode: bool = True) -> "Task":
+        """Parts in which nothing learns stay in evaluation mode: no dropout, and no batch statistics that drift."""
+        super().train(mode)
+        for part in self.model.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
     def forward(self, batch: Batch, shares: dict[str, float] | None = None) -> Losses:
         """`shares`: of each objective, what part of the step this micro-batch is (1 unless given)."""
         views = Views(self.model, batch)

@@ -3,6 +3,7 @@
 #   make test         lint, types, import rules, then all tests: fast ones first         (ARGS="-k retrieval")
 #   make lint         ruff, mypy, import rules          make format   rewrite the code in the house format
 #   make bench        timings beside other implementations
+#   make language-models   RetNet, Transformer and DeepSeekMoE on the same text, into docs/language-models.md
 #
 # PYTHON=python3.12       another interpreter (3.10 or newer) for the virtual environment
 # TORCH_INDEX=URL         take torch and torchvision from PyTorch's own wheel index, such as its CPU-only one:
@@ -14,7 +15,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: quickstart test lint format bench clean
+.PHONY: quickstart test lint format bench language-models clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.user
@@ -35,6 +36,12 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.stage1_step
+	$(BIN)/python -m tests.bench.retention
+	$(BIN)/python -m tests.bench.moe
+	$(BIN)/python -m tests.bench.generate
+
+language-models: $(VENV)/.dev
+	$(BIN)/python -m tests.bench.language_models
 
 clean:
 	rm -rf $(VENV)

@@ -29,11 +29,46 @@ def test_every_config_builds(path: Path, tokenizer: Tokenizer) -> None:
     run = load(Run, path)
     with torch.device("meta"):  # shapes only: no memory, no download
         model = build.model(run, tokenizer)
-    assert model.vision.dim > 0
-    assert model.vision.transform.size == (run.model.vision.image_size,) * 2
+    if run.model.vision is not None:
+        assert model.vision.dim > 0
+        assert model.vision.transform.size == (run.model.vision.image_size,) * 2
     assert all(parameter.is_meta for parameter in model.parameters())
     for loss in run.losses:
         assert {"itc": model.contrast, "itm": model.match, "lm": model}[loss.kind] is not None
+
+
+READERS = [path for path in CONFIGS if load(Run, path).model.language is not None]
+
+
+@pytest.mark.parametrize("path", READERS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("mixer", ["attention", "retention"])
+@pytest.mark.parametrize("ffn", ["gated_mlp", "moe"])
+def test_every_decoder_takes_every_mixer_and_ffn(path: Path, mixer: str, ffn: str, tokenizer: Tokenizer) -> None:
+    choice = [f"model.language.mixer.kind={mixer}", f"model.language.ffn.kind={ffn}"]
+    with torch.device("meta"):
+        language = build.model(load(Run, path, choice), tokenizer).language
+    kinds = {type(block.mixer).__name__ for block in language.stack.blocks}
+    assert kinds == {"attention": {"Attention"}, "retention": {"Retention"}}[mixer]
+    kinds = {type(block.ffn).__name__ for block in language.stack.blocks}
+    assert {"gated_mlp": "GatedMlp", "moe": "MixtureOfExperts"}[ffn] in kinds
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["model.language.mixer.kind=retention"],
+        ["model.language.ffn.kind=moe", "model.language.ffn.bias_rate=0.01"],
+        ["model.language.mixer={max_positions: 64, head_norm: true, bias: true}", "model.language.placement=post"],
+        ["model.language.mixer={window: 4}", "model.language.norm=layer"],
+    ],
+    ids=["retention", "moe", "learned positions", "window"],
+)
+def test_a_decoder_of_any_kind_learns(tmp_path: Path, choice: list[str]) -> None:
+    made = Made(tiny_run(tmp_path, "decoder", "train.params.0.lr=0.01", *choice))
+    batch = made.batch("a red square", "a green square")
+    losses = [one_step(made.task, [batch], made.optimizer, 1.0, torch.float32)[0] for _ in range(12)]
+    assert losses[-1]["lm"] < 0.8 * losses[0]["lm"]
+    assert ("balance" in losses[0]) == ("ffn.kind=moe" in choice[0])
 
 
 def built(tmp_path: Path, kind: str, *overrides: str) -> Any:

@@ -8,19 +8,36 @@ from torch import nn
 from typing_extensions import assert_never
 
 from vlm.config import schema
+from vlm.config.language import (
+    AttentionMixer,
+    Ffn,
+    GatedMlpFfn,
+    Mixer,
+    MoeFfn,
+    RetentionMixer,
+    TransformerLanguage,
+)
 from vlm.data.image import Augment, ImageTransform
 from vlm.data.loader import Loader
 from vlm.data.shards import Shards
 from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
+from vlm.model import language
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
-from vlm.model.language import Decoder, llama
+from vlm.model.language import Decoder, LearnedPositions
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
 from vlm.model.vlm import VisionLanguageModel
+from vlm.nn.attention import Attention
 from vlm.nn.backend import bfloat16_is_fast
-from vlm.nn.ffn import QuickGELU
+from vlm.nn.block import PostNorm, PreNorm
+from vlm.nn.ffn import GatedMlp, QuickGELU
+from vlm.nn.moe import Balance, MixtureOfExperts, sigmoid_router, softmax_router
+from vlm.nn.norm import RMSNorm
+from vlm.nn.retain import Chunkwise
+from vlm.nn.retention import Decay, Retention
+from vlm.nn.rotary import Rotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,12 +46,15 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
     """The model of a run with its own initialisation; the seed is set first, so equal settings give equal weights."""
     settings = run.model
     torch.manual_seed(run.train.seed)
+    if settings.vision is None or settings.connector is None:
+        assert settings.language is not None
+        return VisionLanguageModel(language=decoder(settings.language, tokenizer.size))
     vision = image_encoder(settings.vision)
     kinds = {loss.kind for loss in run.losses}
-    longest = run.data.max_tokens
+    longest = run.pairs.max_tokens
     text = None if settings.text is None else text_encoder(settings.text, tokenizer.size, longest)
-    language = None if settings.language is None else decoder(settings.language, tokenizer.size)
-    bridge = connector(settings.connector, vision, language, tokenizer.size, longest)
+    reader = None if settings.language is None else decoder(settings.language, tokenizer.size)
+    bridge = connector(settings.connector, vision, reader, tokenizer.size, longest)
     heads = "itc" in kinds or "itm" in kinds
     text_dim = text.dim if text is not None else bridge.width if isinstance(bridge, QFormer) else 0
     seen = bridge.dim
@@ -42,7 +62,7 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
         vision=vision,
         connector=bridge,
         text=text,
-        language=language,
+        language=reader,
         contrast=ContrastiveHead(seen, text_dim, settings.embed_dim, settings.temperature) if heads else None,
         match=MatchingHead(bridge.width) if "itm" in kinds and isinstance(bridge, QFormer) else None,
     )
@@ -108,18 +128,84 @@ def text_encoder(settings: schema.TextTower, vocabulary: int, max_tokens: int) -
     )
 
 
-def decoder(settings: schema.TransformerLanguage, vocabulary: int) -> Decoder:
+def decoder(settings: TransformerLanguage, vocabulary: int) -> Decoder:
     """The language model."""
-    return llama(
+    dim, heads, mixer = settings.dim, settings.heads, settings.mixer
+    rotary = positions = decay = None
+    match mixer:
+        case AttentionMixer(max_positions=int(longest)):
+            positions = LearnedPositions(longest, dim)
+        case AttentionMixer(theta=theta):
+            rotary = Rotary(dim // heads, theta)
+        case RetentionMixer():
+            decay = Decay(heads, dim // heads, mixer.decay)
+    return language.decoder(
         vocabulary,
-        settings.dim,
+        dim,
         settings.layers,
-        settings.heads,
-        kv_heads=settings.mixer.kv_heads,
-        hidden=settings.ffn.hidden,
-        theta=settings.mixer.theta,
+        mixer=lambda _: _mixer(mixer, dim, heads),
+        ffn=lambda i: _ffn(settings.ffn, dim, i),
+        norm=lambda: RMSNorm(dim, eps=1e-5) if settings.norm == "rms" else nn.LayerNorm(dim),
+        rotary=rotary,
+        decay=decay,
+        positions=positions,
         tied=settings.tied,
         dropout=settings.dropout,
+        residual=PreNorm if settings.placement == "pre" else PostNorm,
+        final_norm=settings.placement == "pre",
+    )
+
+
+def _mixer(settings: Mixer, dim: int, heads: int) -> nn.Module:
+    match settings:
+        case AttentionMixer():
+            return Attention(
+                dim,
+                heads,
+                settings.kv_heads,
+                settings.bias,
+                out_bias=False,
+                norm=RMSNorm if settings.head_norm else None,
+                window=settings.window,
+            )
+        case RetentionMixer():
+            return Retention(dim, heads, settings.value_dim, form=Chunkwise(settings.chunk))
+        case _:
+            assert_never(settings)
+
+
+def _ffn(settings: Ffn, dim: int, block: int) -> nn.Module:
+    dense = -(-8 * dim // (3 * 32)) * 32  # as Llama rounds 8/3 dim
+    match settings:
+        case GatedMlpFfn(hidden=hidden):
+            return GatedMlp(dim, hidden or dense)
+        case MoeFfn(dense_blocks=first) if block < first:
+            return GatedMlp(dim, dense)
+        case MoeFfn():
+            width = settings.hidden or max(1, dense // (settings.top_k + settings.shared))
+            return _experts(settings, dim, width)
+        case _:
+            assert_never(settings)
+
+
+def _experts(settings: MoeFfn, dim: int, hidden: int) -> MixtureOfExperts:
+    router = (softmax_router if settings.router == "softmax" else sigmoid_router)(
+        dim,
+        settings.experts,
+        settings.top_k,
+        settings.renormalize,
+        settings.scale,
+        settings.groups,
+        settings.top_groups,
+        bias=settings.bias_rate is not None,
+    )
+    losses = [(settings.balance, None), (settings.device_balance, settings.devices)]
+    return MixtureOfExperts(
+        dim,
+        hidden,
+        router,
+        shared=GatedMlp(dim, settings.shared * hidden) if settings.shared else None,
+        balance=[Balance(alpha, groups) for alpha, groups in losses if alpha],
     )
 
 
@@ -136,7 +222,7 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
             assert_never(settings)
 
 
-def shards(settings: schema.Data, spec: str | list[str]) -> Shards:
+def shards(settings: schema.PairData, spec: str | list[str]) -> Shards:
     """An index over tar shards."""
     return Shards(spec, settings.image, settings.caption, settings.id, settings.max_bad_fraction)
 
@@ -145,7 +231,7 @@ def training_loader(
     run: schema.Run, source: Shards, transform: ImageTransform, tokens: Tokenizer, image_tokens: int
 ) -> Loader:
     """Endless batches for training, augmented."""
-    data = run.data
+    data = run.pairs
     return Loader(
         source,
         transform,
@@ -172,8 +258,8 @@ def evaluation_loader(
         transform,
         tokens,
         run.train.batch_size,
-        max_tokens=run.data.max_tokens,
-        template=run.data.prompt if run.model.language is not None else None,
+        max_tokens=run.pairs.max_tokens,
+        template=run.pairs.prompt if run.model.language is not None else None,
         image_tokens=image_tokens,
         captions_per_image=0,
         shuffle=False,

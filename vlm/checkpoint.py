@@ -1,6 +1,7 @@
 """Checkpoints: what was trained, as safetensors, written whole or not at all; frozen weights are hashed, not stored.
 
 A run folder holds config.yaml, tokenizer.json, metrics.jsonl, step-0001000/ … and `latest`, the name of the newest.
+`best`, where that is kept too, names the one of the lowest validation loss.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 from vlm.model.weights.files import differences, read
 
-CONFIG, LATEST = "config.yaml", "latest"
+CONFIG, LATEST, BEST = "config.yaml", "latest", "best"
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ def save(
     average: Mapping[str, Tensor] | None = None,
     keep: int = 2,
     extra: Mapping[str, Any] | None = None,
+    best: bool = False,
 ) -> Path:
     """Writes step-N beside the others and then moves `latest` to it; an interrupted or failed save changes nothing.
+
+    `best`: it is the best so far, and outlives the `keep` newest.
 
     Errors: OSError when the disk is full or not writable.
     """
@@ -87,12 +91,15 @@ def save(
             _sync(file)
         shutil.rmtree(final, ignore_errors=True)
         draft.replace(final)
-        _point(run, final.name)
+        _point(run, LATEST, final.name)
+        if best:
+            _point(run, BEST, final.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"could not save step {step} in {run}: {error}; the checkpoints before it are whole") from None
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        if old != _named(run, BEST):
+            shutil.rmtree(old)
     return final
 
 
@@ -105,14 +112,23 @@ def latest(run: Path) -> Path:
     """The newest complete checkpoint. Errors: a folder that is no run, or a run that has saved nothing yet."""
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no {CONFIG}")
-    pointer = run / LATEST
-    named = run / pointer.read_text().strip() if pointer.is_file() else None
-    if named is not None and (named / "state.json").is_file():
+    if (named := _named(run, LATEST)) is not None:
         return named
     found = checkpoints(run)
     if not found:
         raise ValueError(f"{run} holds no checkpoint yet: let it train up to its first save")
     return found[-1]
+
+
+def best(run: Path) -> Path:
+    """The checkpoint of the lowest validation loss where that is kept, else the newest. Errors as of `latest`."""
+    return _named(run, BEST) or latest(run)
+
+
+def _named(run: Path, pointer: str) -> Path | None:
+    file = run / pointer
+    named = run / file.read_text().strip() if file.is_file() else None
+    return named if named is not None and (named / "state.json").is_file() else None
 
 
 def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], averaged: bool = True) -> int:
@@ -175,12 +191,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _point(run: Path, name: str) -> None:
-    draft = run / f".{LATEST}.tmp"
+def _point(run: Path, pointer: str, name: str) -> None:
+    draft = run / f".{pointer}.tmp"
     try:
         draft.write_text(name + "\n")
         _sync(draft)
-        draft.replace(run / LATEST)
+        draft.replace(run / pointer)
     finally:
         draft.unlink(missing_ok=True)
     _sync(run)

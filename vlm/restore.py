@@ -31,7 +31,7 @@ class Trained:
 def sourced_parts(run: schema.Run) -> set[str]:
     """Parts whose starting weights can be had again: from a hub or a file by name, or from another run."""
     return {part for part, source in run.model.init.items() if source} | (
-        {"vision"} if run.model.vision.weights is not None else set()
+        {"vision"} if run.model.vision is not None and run.model.vision.weights is not None else set()
     )
 
 
@@ -74,13 +74,16 @@ def _take(module: nn.Module, given: dict[str, Tensor], part: str, path: Path) ->
 
 
 def restore(folder: Path, device: torch.device | None = None) -> Trained:
-    """The newest checkpoint of a run, ready for evaluation. Errors: no run, no checkpoint, weights that do not fit."""
-    newest = checkpoint.latest(folder)
+    """A run's newest checkpoint (its best, if that is kept), ready for evaluation.
+
+    Errors: no run, no checkpoint, weights that do not fit.
+    """
+    chosen = checkpoint.best(folder)
     run = load(schema.Run, folder / CONFIG)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     model = build.model(run, tokenizer)
     initialise(model, run, folder)
-    step = checkpoint.load_weights(newest, model, sourced_parts(run))
+    step = checkpoint.load_weights(chosen, model, sourced_parts(run))
     model.eval().requires_grad_(False)
     if device is not None:
         model.to(device)

@@ -1,9 +1,12 @@
 """Timing of several candidates in one process, in alternation: on a shared machine only ratios mean something."""
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -47,3 +50,18 @@ def switched(candidate: Candidate, context: Callable[[], AbstractContextManager[
             return candidate()
 
     return run
+
+
+def peak_memory(candidate: Candidate) -> float:
+    """MiB by which a call raises the resident memory of this process (Linux), freed memory given back before."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    candidate()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))

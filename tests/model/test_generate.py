@@ -1,24 +1,26 @@
 """Decoding: greedy against a loop without memory, batches against single rows, sampling against hand-made tables."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.model.small import VOCABULARY, blip2, llava, pictures, texts, words
 from vlm.data.batch import Text
-from vlm.model.generate import Sampling, choose, generate
+from vlm.model.generate import Decoding, Sampling, choose, generate, stream
 from vlm.model.vlm import Seen, VisionLanguageModel, last_valid
 from vlm.nn.state import State
 
 EOS, NEVER = 3, VOCABULARY - 1
 
 
-def continued(model: VisionLanguageModel, seen: Seen, text: Text, eos: int, sampling: Sampling) -> list[list[int]]:
+def continued(model: VisionLanguageModel, seen: Seen, text: Text, eos: int, sampling: Decoding) -> list[list[int]]:
     with torch.no_grad():
-        hidden, state = model.begin(seen, text)
-        logits = model.logits(last_valid(hidden, text.valid))
+        out = model.write(seen, text)
+        logits = model.logits(last_valid(out.hidden, text.valid))
     said = torch.where(text.valid, text.ids, -1)
-    return generate(model.proceed, logits, state, said, eos, sampling, torch.Generator().manual_seed(0))
+    return generate(model.proceed, logits, out.state, said, eos, sampling, torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def naive(model: VisionLanguageModel, seen: Seen, prompt: Tensor, eos: int, coun
     """One row, everything computed again for every token."""
     ids = prompt.tolist()
     for _ in range(count):
-        best = int(model.logits(model.write(seen, texts([torch.tensor(ids)]))[0, -1]).argmax())
+        best = int(model.logits(model.write(seen, texts([torch.tensor(ids)])).hidden[0, -1]).argmax())
         if best == eos:
             break
         ids.append(best)
@@ -156,7 +158,8 @@ def test_repetition_penalty_by_hand() -> None:
 def test_a_forbidden_token_is_never_drawn() -> None:
     rows = torch.zeros(500, 3)
     used = torch.zeros_like(rows, dtype=torch.bool)
-    assert 1 not in choose(rows, used, Sampling(temperature=1.0), 1).tolist()
+    forbidden = torch.tensor([1, 2])
+    assert set(choose(rows, used, Sampling(temperature=1.0), forbidden).tolist()) == {0}
     assert rows.sum() == 0
 
 
@@ -166,6 +169,91 @@ def test_sampled_rows_repeat_with_their_seed() -> None:
     sampling = Sampling(max_new=6, temperature=1.5, top_k=20)
     first, again = (continued(model, seen, text, NEVER, sampling) for _ in range(2))
     assert first == again != continued(model, seen, text, NEVER, Sampling(max_new=6))
+
+
+def test_permuting_the_batch_permutes_the_texts() -> None:
+    model = llava()
+    seen, text = model.see(pictures(4)), words(model, [1, 4, 2, 6], "left")
+    found = continued(model, seen, text, NEVER, Sampling(max_new=6))
+    order = torch.tensor([2, 0, 3, 1])
+    assert continued(model, seen.select(order), text.select(order), NEVER, Sampling(max_new=6)) == [
+        found[i] for i in order.tolist()
+    ]
+
+
+def test_any_of_several_end_tokens() -> None:
+    logits, state, step = scripted([[1, 2, 4, 1], [4, 1], [1, 5, 1]])
+    assert callable(step)
+    prompt = torch.zeros(3, 0, dtype=torch.long)
+    assert generate(step, logits, state, prompt, [4, 5], Sampling(max_new=4)) == [[1, 2], [], [1]]
+    assert generate(step, logits, state, prompt, [4, 5], Sampling(max_new=2, min_new=2)) == [[1, 2], [0, 1], [1, 0]]
+    with pytest.raises(ValueError, match=r"eos=\[\]: at least one end token"):
+        generate(step, logits, state, prompt, [], Sampling())
+
+
+def test_a_stop_rule_ends_its_row_and_keeps_its_last_token() -> None:
+    asked: list[list[int]] = []
+
+    def stop(row: list[int]) -> bool:
+        asked.append(list(row))
+        return row[-2:] == [2, 4]
+
+    logits, state, step = scripted([[1, 2, 4, 1], [2, EOS], [4, 4, 2, 4]])
+    assert callable(step)
+    found = generate(step, logits, state, torch.zeros(3, 0, dtype=torch.long), EOS, Sampling(max_new=9), stop=stop)
+    assert found == [[1, 2, 4], [2], [4, 4, 2, 4]]
+    assert asked == [[1], [2], [4], [1, 2], [4, 4], [1, 2, 4], [4, 4, 2], [4, 4, 2, 4]]  # not once a row has ended
+
+
+def streamed(table: list[list[int]], sampling: Sampling) -> tuple[Iterator[Tensor], list[list[int]]]:
+    logits, state, step = scripted(table)
+    assert callable(step)
+    tokens = stream(step, logits, state, torch.zeros(len(table), 0, dtype=torch.long), EOS, sampling)
+    return tokens, step.asked  # type: ignore[attr-defined]
+
+
+def test_tokens_come_when_they_are_asked_for() -> None:
+    tokens, asked = streamed([[1, 2, EOS], [4, EOS]], Sampling(max_new=9))
+    seen = [(next(tokens).tolist(), len(asked)) for _ in range(3)]
+    assert seen == [([1, 4], 0), ([2, EOS], 1), ([EOS, EOS], 2)]
+    assert list(tokens) == []
+    assert len(asked) == 2
+
+
+def test_the_stream_is_what_generate_gives() -> None:
+    table = [[1, 2, 4, EOS], [4, EOS], [1, 1, 1, 1, 1]]
+    tokens, _ = streamed(table, Sampling(max_new=4))
+    columns = torch.stack(list(tokens), 1).tolist()
+    assert [[token for token in row if token != EOS] for row in columns] == run(table, Sampling(max_new=4))[0]
+
+
+def test_gradients_are_off_inside_and_as_they_were_outside() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    state = State((), torch.ones(1, 1, dtype=torch.bool), torch.ones(1, dtype=torch.long))
+    inside: list[bool] = []
+
+    def step(_ids: Tensor, now: State) -> tuple[Tensor, State]:
+        inside.append(torch.is_grad_enabled())
+        return torch.zeros(1, 6) + weight, now
+
+    prompt = torch.zeros(1, 0, dtype=torch.long)
+    for chosen in stream(step, torch.zeros(1, 6) + weight, state, prompt, 5, Sampling(max_new=3)):
+        assert torch.is_grad_enabled() and not chosen.requires_grad
+    assert inside == [False, False]
+
+
+def test_another_way_to_decode_fits() -> None:
+    class Parrot:
+        max_new = 1
+
+        def unroll(self, *_: object) -> list[list[int]]:
+            return [[4, 2]]
+
+    assert isinstance(Parrot(), Decoding)
+    assert isinstance(Sampling(), Decoding)
+    logits, state, step = scripted([[1]])
+    assert callable(step)
+    assert generate(step, logits, state, torch.zeros(1, 0, dtype=torch.long), EOS, Parrot()) == [[4, 2]]
 
 
 @pytest.mark.parametrize(

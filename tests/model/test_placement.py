@@ -34,7 +34,8 @@ def test_forward_stays_on_the_device(make: Callable[[], VisionLanguageModel]) ->
         found: list[Tensor] = [seen.soft]
         if model.contrast is not None:
             found += [model.embed_image(seen), model.embed_text(text), model.match_logits(seen, text)]
-            hidden, state = model.begin(seen, text)
+            out = model.write(seen, text)
+            hidden, state = out.hidden, out.state
             logits = model.logits(last_valid(hidden, text.valid))
             chosen = choose(logits, torch.zeros_like(logits, dtype=torch.bool), Sampling(temperature=0.7, top_p=0.9))
             one = torch.ones_like(chosen[:, None], dtype=torch.bool)

@@ -27,7 +27,7 @@ def test_select_repeats_all_that_was_seen() -> None:
     again = model.see(pictures()[index])
     torch.testing.assert_close(once.soft, again.soft)
     torch.testing.assert_close(model.match_logits(once, text), model.match_logits(again, text))
-    torch.testing.assert_close(model.write(once, text), model.write(again, text))
+    torch.testing.assert_close(model.write(once, text).hidden, model.write(again, text).hidden)
 
 
 def test_select_of_what_has_neither_memory_nor_state() -> None:
@@ -42,10 +42,11 @@ def test_begin_and_proceed_equal_write_on_the_full_text(kind: object) -> None:
     assert callable(kind)
     model: VisionLanguageModel = kind()
     seen, text = model.see(pictures()), words(kind(), [6, 6])
-    whole = model.logits(model.write(seen, text))
+    whole = model.logits(model.write(seen, text).hidden)
     length = text.ids.shape[1]
     for start in range(1 + model.image_tokens, length):
-        hidden, state = model.begin(seen, cut(text, slice(0, start)))
+        out = model.write(seen, cut(text, slice(0, start)))
+        hidden, state = out.hidden, out.state
         torch.testing.assert_close(model.logits(hidden), whole[:, :start], atol=1e-4, rtol=1e-4)
         for t in range(start, length):
             logits, state = model.proceed(text.ids[:, t : t + 1], state)
@@ -59,12 +60,13 @@ def test_rows_of_different_length_go_on_as_if_alone(kind: object, side: str) -> 
     assert callable(kind)
     model: VisionLanguageModel = kind()
     seen, text, following = model.see(pictures()), words(kind(), [2, 5], side), torch.tensor([[7], [8]])
-    hidden, state = model.begin(seen, text)
+    out = model.write(seen, text)
+    hidden, state = out.hidden, out.state
     logits, state = model.proceed(following, state)
     more, _ = model.proceed(following, state)
     for row in range(2):
         own = texts([torch.cat([text.ids[row][text.valid[row]], following[row], following[row]])])
-        alone = model.logits(model.write(seen.select(torch.tensor([row])), own))[0]
+        alone = model.logits(model.write(seen.select(torch.tensor([row])), own).hidden)[0]
         last = last_valid(hidden, text.valid)[row]
         torch.testing.assert_close(model.logits(last), alone[-3], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logits[row], alone[-2], atol=1e-4, rtol=1e-4)
@@ -77,7 +79,7 @@ def test_every_image_matters_to_its_own_text_alone() -> None:
         text = words(model, [4, 4])
         images = pictures()
         other = torch.stack([images[0], images[1] + 1])
-        before, after = (model.write(model.see(pixels), text) for pixels in (images, other))
+        before, after = (model.write(model.see(pixels), text).hidden for pixels in (images, other))
         torch.testing.assert_close(before[0], after[0])
         assert float((before[1, -1] - after[1, -1]).abs().max()) > 1e-3
 
@@ -193,7 +195,7 @@ def test_need_gives_the_module_itself() -> None:
 @torch.no_grad()
 def test_a_qformer_refuses_to_write_more_than_its_positions() -> None:
     model = blip2()
-    hidden, state = model.begin(model.see(pictures()), words(model, [LONGEST - 1, 3]))
+    state = model.write(model.see(pictures()), words(model, [LONGEST - 1, 3])).state
     logits, state = model.proceed(torch.tensor([[1], [1]]), state)
     with pytest.raises(ValueError, match=f"writes at most {LONGEST} tokens: lower max_new"):
         model.proceed(torch.tensor([[1], [1]]), state)

@@ -11,9 +11,11 @@ from tests.parity.noise import noise
 from vlm.model.language import llama
 from vlm.model.weights.blip2 import qformer_table
 from vlm.model.weights.files import differences, load_into, load_strict, read
-from vlm.model.weights.llama import llama_table
+from vlm.model.weights.llama import llama_table, qwen2_table, qwen3_table
+from vlm.model.weights.mixtral import mixtral_memory_table
 from vlm.model.weights.open_clip import hf_clip_vision_table, open_clip_table
-from vlm.model.weights.table import Row, Table, linear
+from vlm.model.weights.opt import opt_table
+from vlm.model.weights.table import Experts, Row, Table, linear
 
 TABLE = Table(
     "toy",
@@ -73,8 +75,57 @@ def test_position_ids_are_ignored() -> None:
     assert TABLE.to_ours({"embeddings.position_ids": torch.arange(3)}) == {}
 
 
+EXPERTS = Table(
+    "experts",
+    (Row("layer.{i}.gate", "blocks.{i}.router"),),
+    experts=(
+        Experts(("layer.{i}.expert.{e}.gate", "layer.{i}.expert.{e}.up"), "blocks.{i}.both"),
+        Experts(("layer.{i}.expert.{e}.down",), "blocks.{i}.down"),
+    ),
+)
+
+
+def published_experts(count: int = 11) -> dict[str, Tensor]:
+    """In an order that is not that of their numbers."""
+    sizes = {"up": (2, 3), "down": (3, 2), "gate": (2, 3)}
+    numbers = [(i, e) for i in (4, 0) for e in reversed(range(count))]
+    found = {f"layer.{i}.expert.{e}.{part}": torch.randn(size) for i, e in numbers for part, size in sizes.items()}
+    return found | {f"layer.{i}.gate": torch.randn(count, 3) for i in (4, 0)}
+
+
+def test_experts_are_stacked_by_number_and_taken_apart() -> None:
+    published = published_experts()
+    ours = EXPERTS.to_ours(published)
+    assert set(ours) == {f"blocks.{i}.{part}" for i in (0, 4) for part in ("both", "down", "router")}
+    assert ours["blocks.4.both"].shape == (11, 4, 3)
+    assert torch.equal(ours["blocks.4.both"][10, :2], published["layer.4.expert.10.gate"])
+    assert torch.equal(ours["blocks.4.both"][2, 2:], published["layer.4.expert.2.up"])
+    assert torch.equal(ours["blocks.0.down"][10], published["layer.0.expert.10.down"])
+    back = EXPERTS.to_theirs(ours)
+    assert set(back) == set(published)
+    assert all(torch.equal(back[name], published[name]) for name in published)
+
+
+def test_experts_that_lack_or_that_no_row_knows_are_listed() -> None:
+    published = published_experts()
+    with pytest.raises(ValueError, match=r"experts: published tensors .*: layer\.0\.expert\.3\.bias$"):
+        EXPERTS.to_ours({**published, "layer.0.expert.3.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"tensors of ours .*: blocks\.0\.bias$"):
+        EXPERTS.to_theirs({**EXPERTS.to_ours(published), "blocks.0.bias": torch.zeros(1)})
+    del published["layer.4.expert.5.up"], published["layer.4.expert.7.up"]
+    with pytest.raises(ValueError, match=r"blocks\.4\.both: 2 published .* missing: .*expert\.5\.up, .*expert\.7\.up$"):
+        EXPERTS.to_ours(published)
+
+
 @pytest.mark.parametrize(
-    "table", [llama_table(True), llama_table(False), qformer_table(), open_clip_table(), hf_clip_vision_table()]
+    "table",
+    [
+        *(make(tied) for make in (llama_table, qwen2_table, qwen3_table, opt_table) for tied in (True, False)),
+        mixtral_memory_table(),
+        qformer_table(),
+        open_clip_table(),
+        hf_clip_vision_table(),
+    ],
 )
 def test_no_table_names_a_tensor_twice(table: Table) -> None:
     published = [row.theirs for row in table.rows]

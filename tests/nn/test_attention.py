@@ -1,14 +1,15 @@
-"""Attention against softmax over single queries, rotary positions against complex numbers."""
+"""Attention against softmax over single queries, with every part that a published model adds."""
 
-import cmath
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm.nn.attention import Attention, Context, CrossAttention, merge_heads, split_heads
-from vlm.nn.rotary import Rotary, rotate
+from tests.nn.test_rotary import turned
+from vlm.nn.attention import Attention, CrossAttention, merge_heads, split_heads
+from vlm.nn.context import Context
+from vlm.nn.rotary import Rotary
 from vlm.nn.tokens import Tokens
 
 B, S, D, H = 2, 5, 12, 6
@@ -31,20 +32,6 @@ def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
             heads.append(torch.stack(rows))
         batches.append(torch.stack(heads))
     return torch.stack(batches)
-
-
-def turned(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotates pair (i, i + K/2) as one complex number, B H S K."""
-    half = x.shape[3] // 2
-    out = x.clone()
-    for b in range(x.shape[0]):
-        for s in range(x.shape[2]):
-            for i in range(half):
-                turn = cmath.exp(1j * float(position[b, s]) * theta ** (-i / half))
-                first, second = x[b, :, s, i], x[b, :, s, i + half]
-                out[b, :, s, i] = first * turn.real - second * turn.imag
-                out[b, :, s, i + half] = first * turn.imag + second * turn.real
-    return out
 
 
 def mixed_tokens(x: Tensor) -> Tokens:
@@ -82,6 +69,43 @@ def test_equals_softmax_over_single_queries_with_gradients(kv_heads: int | None,
     torch.testing.assert_close(gradients(found, *leaves), gradients(expected, *leaves), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("bias", "out", "key"), [(False, None, None), (True, False, None), (True, None, False)])
+def test_norms_of_heads_own_width_and_biases_by_hand(bias: bool, out: bool | None, key: bool | None) -> None:
+    """Qwen3 has no bias, Qwen2 none after, EVA and BEiT none for the keys."""
+
+    def norm(width: int) -> nn.Module:
+        made = nn.RMSNorm(width, eps=1e-6)
+        nn.init.normal_(made.weight)
+        return made
+
+    attention = Attention(D, H, 2, bias, out_bias=out, key_bias=key, head_dim=4, norm=norm).double()
+    biases = {name.removesuffix(".bias") for name, _ in attention.named_parameters() if name.endswith("bias")}
+    kept = {"query": bias, "key": bias and key is not False, "value": bias, "out": bias and out is not False}
+    assert biases == {name for name, there in kept.items() if there}
+    x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
+    tokens = mixed_tokens(x)
+    found, _ = attention(x, Context(tokens, tokens.visibility(), Rotary(4)(tokens.position, torch.float64)))
+
+    def normed(part: Tensor, gain: nn.Module) -> Tensor:
+        length = (part.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return turned(part / length * gain.weight, tokens.position, 10_000.0)
+
+    q = normed(heads(attention.query, x, H), attention.query_norm)
+    k = normed(heads(attention.key, x, 2), attention.key_norm)
+    expected = attention.out(merge_heads(naive(q, k, heads(attention.value, x, 2), tokens.mask()[:, 0])))
+    torch.testing.assert_close(found, expected)
+    leaves = (x, *attention.parameters())
+    torch.testing.assert_close(gradients(found, *leaves), gradients(expected, *leaves))
+
+
+def test_norms_of_heads_keep_the_type_under_autocast() -> None:
+    attention = Attention(D, H, 2, norm=nn.RMSNorm)
+    tokens = Tokens.of(torch.randn(1, 2, D))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = attention(tokens.x, Context(tokens, tokens.visibility(), Rotary(2)(tokens.position)))
+    assert {y.dtype, state.key.dtype, state.value.dtype} == {torch.bfloat16}
+
+
 def test_remembers_keys_of_the_past() -> None:
     attention = Attention(D, H, 2)
     x = torch.randn(B, S, D)
@@ -93,29 +117,6 @@ def test_remembers_keys_of_the_past() -> None:
     torch.testing.assert_close(torch.cat([start, rest], 1), expected)
     torch.testing.assert_close(present.key, state.key)
     torch.testing.assert_close(present.value, state.value)
-
-
-def test_rotary_equals_complex_rotation() -> None:
-    x = torch.randn(2, 3, 4, 8)
-    position = torch.tensor([[0, 1, 2, 3], [5, 9, 40, 100]])
-    torch.testing.assert_close(rotate(x, Rotary(8, 1000.0)(position)), turned(x, position, 1000.0), atol=2e-5, rtol=0)
-
-
-def test_rotated_products_depend_on_the_distance_alone() -> None:
-    x, y, rotary = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8), Rotary(8)
-
-    def product(first: int, second: int) -> Tensor:
-        a, b = (rotary(torch.tensor([[position]])) for position in (first, second))
-        return (rotate(x, a) * rotate(y, b)).sum()
-
-    torch.testing.assert_close(product(3, 7), product(20, 24))
-    assert abs(float(product(3, 7) - product(3, 8))) > 1e-3
-
-
-def test_angles_stay_in_fp32_for_low_precision_inputs() -> None:
-    cos, _ = Rotary(4)(torch.tensor([[300, 301]]))
-    assert cos.dtype == torch.float32
-    assert rotate(torch.randn(1, 1, 2, 4, dtype=torch.bfloat16), (cos, cos)).dtype == torch.bfloat16
 
 
 def test_cross_attention_equals_softmax_with_gradients() -> None:
@@ -147,12 +148,25 @@ def test_heads_are_split_and_merged_in_order() -> None:
     ("make", "words"),
     [
         (lambda: Attention(10, 4), "heads=4 does not divide dim=10"),
-        (lambda: Attention(12, 6, 4), "kv_heads=4 does not divide heads=6"),
+        (lambda: Attention(12, 6, 4), "kv_heads=4 does not divide heads=6: choose it among"),
+        (lambda: Attention(12, 6, 0), "kv_heads=0 does not divide heads=6"),
         (lambda: CrossAttention(10, 7, 3), "heads=3 does not divide dim=10"),
-        (lambda: Rotary(5), "even head width, not 5"),
     ],
 )
 def test_widths_that_do_not_divide_are_named(make: object, words: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@torch.no_grad()
+def test_states_of_other_models_are_refused() -> None:
+    tokens, one = Tokens.of(torch.randn(1, 3, D)), Tokens.of(torch.randn(1, 1, D))
+    makers = {"plain": lambda: Attention(D, H), "grouped": lambda: Attention(D, H, 2)}
+    makers["window"] = lambda: Attention(D, H, window=2)
+    for name, make in makers.items():
+        _, past = make()(tokens.x, Context(tokens, tokens.visibility()))
+        for other, reader in makers.items():
+            if other != name:
+                with pytest.raises(ValueError, match="this state is of another model"):
+                    reader()(one.x, Context(one, one.visibility(tokens.valid, True)), past)

@@ -61,3 +61,15 @@ def test_rounded_products_would_be_noticed() -> None:
 def test_questions_about_devices_have_answers() -> None:
     assert isinstance(bfloat16_is_fast(torch.device("cpu")), bool)
     assert best_device().type in ("cpu", "cuda")
+
+
+def test_the_layout_for_decoding_keeps_shapes_and_values() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 12), torch.nn.Linear(12, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.tensor([[3, 8, 0]])
+    expected = model(ids)
+    backend.lay_out_for_decoding(model)
+    assert [part.weight.is_contiguous() for part in model] == [False, False, True]  # type: ignore[union-attr, operator]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    torch.testing.assert_close(model(ids), expected)

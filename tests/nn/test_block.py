@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm.nn.attention import Attention, Context, CrossAttention
+from vlm.nn.attention import Attention, CrossAttention
 from vlm.nn.block import Block, BranchNorm, Cross, PostNorm, PreNorm, Stack
+from vlm.nn.context import Context
 from vlm.nn.ffn import GatedMlp, Mlp, QuickGELU
 from vlm.nn.rotary import Rotary
 from vlm.nn.route import PerRoute
@@ -64,7 +65,7 @@ def test_a_block_is_mixer_then_ffn(kind: type[PreNorm], expected: float) -> None
     x = torch.full((1, 1, 1), 1.0)
     tokens = Tokens.of(x)
     block = Block(SquareMixer(), Square(), kind(Double()), kind(Double()))
-    found, _ = block(x, Context(tokens, tokens.visibility(), None), None, None)
+    found, _, _ = block(x, Context(tokens, tokens.visibility(), None), None, None)
     assert float(found) == expected
 
 

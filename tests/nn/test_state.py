@@ -80,3 +80,20 @@ def test_the_state_of_a_stack_reorders_all_it_holds() -> None:
     assert picked.position.tolist() == [3, 2, 3]
     assert isinstance(picked.layers[1], KeyValue)
     assert torch.equal(picked.layers[1].value, layers[1].value[[1, 0, 1]])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_moving_beams_is_reordering_them(shared: bool) -> None:
+    """Two rows with three beams each; what stands behind another continuation is not written over."""
+    with torch.no_grad():
+        prompt = KeyValue(torch.randn(2, 1, 4, 3), torch.randn(2, 1, 4, 3))
+        beams = prompt.reorder(torch.arange(2).repeat_interleave(3))
+        said = beams.extend(torch.randn(6, 1, 2, 3), torch.randn(6, 1, 2, 3))
+        other = said.extend(torch.randn(6, 1, 1, 3), torch.randn(6, 1, 1, 3)) if shared else None
+        before = None if other is None else other.key.clone()
+        index = torch.tensor([2, 0, 0, 4, 4, 5])
+        expected = said.reorder(index)
+        moved = said.move(index, 2)
+        assert torch.equal(moved.key, expected.key) and torch.equal(moved.value, expected.value)
+        if other is not None:
+            assert torch.equal(other.key, before)

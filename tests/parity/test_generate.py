@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from tests.parity.noise import noise
-from vlm.model.generate import Sampling, choose, generate
+from vlm.model.generate import Sampling, Step, choose, generate
 from vlm.model.language import Decoder, llama
 from vlm.model.vlm import last_valid
 from vlm.model.weights.files import load_strict
@@ -46,14 +46,20 @@ def prompt(padding: list[int]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def written(model: Decoder, ids: Tensor, valid: Tensor, eos: int, sampling: Sampling) -> list[list[int]]:
+def stepper(model: Decoder, ids: Tensor, valid: Tensor) -> tuple[Tensor, State, Step]:
+    """What decoding starts from."""
+
     def step(chosen: Tensor, state: State) -> tuple[Tensor, State]:
         out = model(Tokens.of(model.embed(chosen), position=state.position[:, None]), state)
         return model.logits(out.hidden[:, -1]), out.state
 
     out = model(Tokens.of(model.embed(ids), valid=valid))
-    said = torch.where(valid, ids, -1)
-    return generate(step, model.logits(last_valid(out.hidden, valid)), out.state, said, eos, sampling)
+    return model.logits(last_valid(out.hidden, valid)), out.state, step
+
+
+def written(model: Decoder, ids: Tensor, valid: Tensor, eos: int | list[int], sampling: Sampling) -> list[list[int]]:
+    logits, state, step = stepper(model, ids, valid)
+    return generate(step, logits, state, torch.where(valid, ids, -1), eos, sampling)
 
 
 def expected(model: LlamaForCausalLM, ids: Tensor, valid: Tensor, eos: int, sampling: Sampling) -> list[list[int]]:

@@ -86,7 +86,7 @@ def inputs() -> tuple[Tensor, Text]:
 
 
 def run(model: VisionLanguageModel, images: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-    hidden = model.write(model.see(images), text)
+    hidden = model.write(model.see(images), text).hidden
     states, target = supervised(hidden, text.labels)
     return model.logits(hidden), language(model.logits(states), target)
 

@@ -12,7 +12,7 @@ from vlm.train.log import Log, check_reports, cut_after, read_metrics
 def run(folder: Path, losses: list[float], every: int = 1, chance: float = 2.0, start: int = 0) -> None:
     with Log(folder, start + len(losses), "train", every, {"itc": chance}, start) as log:
         for step, loss in enumerate(losses, start + 1):
-            log.step(step, {"itc": loss}, {"lr": 0.1 * step, "grad_norm": 1.0, "samples": 8.0})
+            log.step(step, {"itc": loss}, {"lr": 0.1 * step, "grad_norm": 1.0}, {"samples": 8.0})
 
 
 def test_losses_stand_beside_chance(tmp_path: Path) -> None:
@@ -29,6 +29,20 @@ def test_speed_counts_every_step_since_the_last_line(tmp_path: Path, monkeypatch
     run(tmp_path, [1.0] * 4, every=4)
     (record,) = read_metrics(tmp_path)
     assert record["train/samples_per_second"] == pytest.approx(4 * 8 / 20)  # the clock is read twice at the start
+
+
+def test_tokens_and_utilisation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: float(next(clock)))
+    with Log(tmp_path, 2, "train", 2, {}, token_seconds=0.01) as log:
+        for step in (1, 2):
+            log.step(step, {"lm": 1.0}, {}, {"samples": 2.0, "tokens": 500.0})
+    (record,) = read_metrics(tmp_path)
+    assert record["train/tokens_per_second"] == pytest.approx(1000 / 20)
+    assert record["train/mfu"] == pytest.approx(50 * 0.01)
+    assert "50 tokens/s  MFU 50 %" in " ".join(capsys.readouterr().err.split(" "))
 
 
 def test_events_are_logged_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,13 +96,13 @@ def test_warning_of_a_loss_stuck_at_chance(
 def test_a_long_run_is_given_more_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Log(tmp_path, 5000, "train", 1, {"itc": 2.0}) as log:
         for step in (1, 999, 1000):
-            log.step(step, {"itc": 2.0}, {})
+            log.step(step, {"itc": 2.0}, {}, {})
             assert ("warning" in capsys.readouterr().err) == (step == 1000)
 
 
 def test_a_loss_without_a_chance_level_is_never_stuck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Log(tmp_path, 400, "train", 400, {}) as log:
-        log.step(400, {"other": 5.0}, {})
+        log.step(400, {"other": 5.0}, {}, {})
     assert "warning" not in capsys.readouterr().err
 
 

@@ -121,7 +121,41 @@ def loop(
     **more: Any,
 ) -> None:
     with Log(folder, plan.steps, "train", 1, {}, start) as log:
-        fit(made.task, batches, made.optimizer, plan, log, torch.float32, save, start=start, **more)
+        fit(
+            made.task,
+            batches,
+            made.optimizer,
+            plan,
+            log,
+            torch.float32,
+            lambda step, lowest, best: save(step),
+            start=start,
+            **more,
+        )
+
+
+def test_the_best_is_saved_when_it_comes(made: Made, tmp_path: Path) -> None:
+    """A resumed run knows what an earlier part has reached, and the average loss is weighed as in training."""
+    losses, saved = iter([3.0, 1.0, 2.0, 0.75]), list[tuple[int, float, bool]]()
+
+    def evaluate() -> dict[str, float]:
+        value = next(losses)
+        return {f"val/loss_{o.name}": value for o in made.task.objectives}
+
+    weight = sum(o.weight for o in made.task.objectives)
+    with Log(tmp_path, 4, "train", 1, {}) as log:
+        fit(
+            made.task,
+            repeat(made.batch(*CAPTIONS)),
+            made.optimizer,
+            Plan(4, eval_every=1, keep_best=True),
+            log,
+            torch.float32,
+            lambda *given: saved.append(given),
+            evaluate,
+            best=2.5 * weight,
+        )
+    assert saved == [(2, weight, True), (4, 0.75 * weight, True)]
 
 
 def test_aborts_after_ten_bad_steps_in_a_row(made: Made, tmp_path: Path) -> None:
@@ -167,7 +201,7 @@ def test_evaluates_the_average_and_trains_on(made: Made, tmp_path: Path) -> None
         made.task.eval()
         name, parameter = next(iter(made.model.named_parameters()))
         seen.append(torch.equal(parameter, average.tensors[name]))
-        return {"val/loss_lm": 1.0}
+        return {f"val/loss_{o.name}": 1.0 for o in made.task.objectives}
 
     batches = repeat(made.batch(*CAPTIONS))
     loop(made, tmp_path, batches, Plan(5, eval_every=2), evaluate=evaluate, average=average)

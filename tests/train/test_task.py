@@ -100,7 +100,9 @@ def test_lm_is_the_mean_over_supervised_tokens(tmp_path: Path) -> None:
     made = Made(tiny_run(tmp_path, "decoder"))
     batch = made.batch(*CAPTIONS)
     assert batch.prompts is not None
-    hidden, target = supervised(made.model.write(made.model.see(batch.images), batch.prompts), batch.prompts.labels)
+    hidden, target = supervised(
+        made.model.write(made.model.see(batch.images), batch.prompts).hidden, batch.prompts.labels
+    )
     expected = language(made.model.logits(hidden), target)
     torch.testing.assert_close(made.task(batch).each["lm"], expected.detach())
 

@@ -4,21 +4,16 @@
 is derived in `vlm.build` and has no setting.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
+from vlm.config.language import TransformerLanguage
+from vlm.config.section import BelowOne, Fraction, Positive, Section, usually
+
 Dtype = Literal["float32", "bfloat16"]
 Part = Literal["vision", "connector", "text", "language", "contrast", "match"]
-
-
-class Section(BaseModel):
-    """Settings that belong together: no unknown name passes, nothing changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -101,39 +96,11 @@ class TextTower(Section):
     dropout: BelowOne = 0.0
 
 
-class AttentionMixer(Section):
-    """Softmax attention; fewer key/value heads than heads make it grouped."""
-
-    kind: Literal["attention"] = "attention"
-    kv_heads: Positive | None = None
-    theta: float = Field(10_000.0, gt=0, description="base of the rotary wavelengths")
-
-
-class GatedMlpFfn(Section):
-    """SwiGLU."""
-
-    kind: Literal["gated_mlp"] = "gated_mlp"
-    hidden: Positive | None = Field(None, description="8/3 dim unless given")
-
-
-class TransformerLanguage(Section):
-    """A Llama-like decoder."""
-
-    kind: Literal["transformer"]
-    dim: Positive = 512
-    layers: Positive = 8
-    heads: Positive = 8
-    mixer: AttentionMixer = AttentionMixer()
-    ffn: GatedMlpFfn = GatedMlpFfn()
-    tied: bool = True
-    dropout: BelowOne = 0.0
-
-
 class Model(Section):
-    """The parts of a vision-language model."""
+    """The parts of a vision-language model; a language model on text alone has only `language`."""
 
-    vision: Vision
-    connector: Connector
+    vision: Vision | None = None
+    connector: Connector | None = None
     text: TextTower | None = None
     language: TransformerLanguage | None = None
     embed_dim: Positive = Field(256, description="width of the contrastive space")
@@ -188,9 +155,10 @@ class Augment(Section):
     erase_area: tuple[Fraction, Fraction] = Field((0.02, 0.2), description="of the picture, in one random colour")
 
 
-class Data(Section):
-    """Where samples come from and what is made of them."""
+class PairData(Section):
+    """Pictures with captions: where they come from and what is made of them."""
 
+    kind: Literal["pairs"] = "pairs"
     train: str | list[str] = Field(description="shards: a folder, a glob, braces {000..009}, or a list of these")
     val: str | list[str] | None = None
     image: str = Field("jpg;png;jpeg;webp", description="suffixes of the image, first found wins")
@@ -206,6 +174,22 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the samples than this are unusable")
+
+
+class TextData(Section):
+    """Text alone, packed into blocks of equal length: pretraining of a language model."""
+
+    kind: Literal["text"]
+    train: str | list[str] = Field(
+        description="documents: .txt, .jsonl, .jsonl.gz or tar files; a folder, a glob, braces or a list of these"
+    )
+    val: str | list[str] | None = None
+    field: str = Field("text", description="field of a JSON document that holds its text")
+    length: Annotated[int, Field(ge=2)] = Field(256, description="tokens of a block")
+    max_bad_fraction: Fraction = Field(0.05, description="stop when more of the documents than this are unusable")
+
+
+Data = Annotated[PairData | TextData, Field(discriminator="kind"), usually("pairs")]
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -271,6 +255,7 @@ class Train(Section):
     eval_every: Positive | None = None
     save_every: Positive | None = Field(None, description="only at the end unless given")
     keep: Positive = Field(2, description="checkpoints to keep")
+    keep_best: bool = Field(False, description="keep the checkpoint of the lowest validation loss too, and use it")
     report_to: list[Literal["tensorboard"]] = Field(default_factory=list)
 
 
@@ -283,6 +268,13 @@ class Run(Section):
     losses: list[Loss] = Field(min_length=1)
     train: Train
 
+    @property
+    def pairs(self) -> PairData:
+        """The data of a run on pictures. Errors: a run on text alone."""
+        if not isinstance(self.data, PairData):
+            raise ValueError(f"data.kind={self.data.kind}: this run has no pictures")
+        return self.data
+
     @model_validator(mode="after")
     def _parts_fit_losses(self) -> "Run":
         problems = list(_misfits(self))
@@ -291,11 +283,38 @@ class Run(Section):
         return self
 
 
-def _misfits(run: Run) -> "list[str]":
-    model, kinds = run.model, [loss.kind for loss in run.losses]
+def _misfits(run: Run) -> list[str]:
+    kinds = [loss.kind for loss in run.losses]
+    problems = [f"losses: {kind} stands there twice" for kind in sorted(set(kinds)) if kinds.count(kind) > 1]
+    problems += _text_misfits(run) if isinstance(run.data, TextData) else _pair_misfits(run.model, kinds)
+    if run.train.warmup >= run.train.steps:
+        problems.append(f"train.warmup: {run.train.warmup} is not below train.steps={run.train.steps}")
+    vision = run.model.vision
+    if vision is not None and vision.dtype is not None and not vision.frozen:
+        problems.append("model.vision.dtype: only for a frozen encoder; a trained one follows train.precision")
+    if run.train.keep_best and run.data.val is None:
+        problems.append("train.keep_best: the best is told by data.val, which is not set")
+    return problems
+
+
+def _text_misfits(run: Run) -> list[str]:
+    model = run.model
+    parts = {"vision": model.vision, "connector": model.connector, "text": model.text}
+    problems = [f"model.{name}: data.kind=text has no pictures" for name, part in parts.items() if part is not None]
+    if model.language is None:
+        problems.append("model.language: not set, and it is what learns from data.kind=text")
+    problems += [f"losses: {loss.kind} needs pictures" for loss in run.losses if loss.kind != "lm"]
+    return problems
+
+
+def _pair_misfits(model: Model, kinds: Sequence[str]) -> list[str]:
     qformer = model.connector if isinstance(model.connector, QFormerConnector) else None
     reads = qformer is not None and qformer.text
-    problems = [f"losses: {kind} stands there twice" for kind in sorted(set(kinds)) if kinds.count(kind) > 1]
+    problems = [
+        f"model.{name}: not set, and data.kind=pairs has pictures"
+        for name, part in (("vision", model.vision), ("connector", model.connector))
+        if part is None
+    ]
     if "itc" in kinds and model.text is None and not reads:
         problems.append("losses: itc needs model.text, or model.connector.kind=qformer with text=true")
     if "itm" in kinds and not reads:
@@ -306,8 +325,4 @@ def _misfits(run: Run) -> "list[str]":
         problems.append("losses: lm needs model.language, or model.connector.kind=qformer with text=true")
     if model.language is not None and isinstance(model.connector, PoolConnector):
         problems.append("model.connector: a pooled image is for itc; a language model reads linear, mlp or qformer")
-    if run.train.warmup >= run.train.steps:
-        problems.append(f"train.warmup: {run.train.warmup} is not below train.steps={run.train.steps}")
-    if model.vision.dtype is not None and not model.vision.frozen:
-        problems.append("model.vision.dtype: only for a frozen encoder; a trained one follows train.precision")
     return problems

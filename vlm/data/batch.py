@@ -21,20 +21,24 @@ from vlm.nn.tokens import IGNORE
 
 @dataclass(frozen=True)
 class Text:
-    """Padded token ids: `valid` is False on padding, `labels` is IGNORE where nothing is supervised."""
+    """Padded token ids: `valid` is False on padding, `labels` is IGNORE where nothing is supervised.
+
+    `full`: known without looking that nothing is padding, which spares attention its mask.
+    """
 
     ids: Int[Tensor, "M T"]
     valid: Bool[Tensor, "M T"]
     labels: Int[Tensor, "M T"]
+    full: bool = False
 
     def to(self, device: torch.device | str) -> "Text":
         """The same on another device."""
         ids, valid, labels = (part.to(device, non_blocking=True) for part in (self.ids, self.valid, self.labels))
-        return Text(ids, valid, labels)
+        return Text(ids, valid, labels, self.full)
 
     def select(self, index: Int[Tensor, "R"]) -> "Text":
         """Rows picked by index, with repeats."""
-        return Text(self.ids[index], self.valid[index], self.labels[index])
+        return Text(self.ids[index], self.valid[index], self.labels[index], self.full)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Batch:
     """B images with M texts drawn from them; a text is positive for all images it describes, not only for its owner."""
 
     keys: list[str]  # B
-    images: Tensor  # B 3 H W: uint8 from `collate`, float (normalised) from the loader
+    images: Tensor | None  # B 3 H W: uint8 from `collate`, float (normalised) from the loader; None for text alone
     image_ids: list[str]  # B: samples of equal id show the same thing
     owner: Int[Tensor, "M"]  # the image each text was drawn from
     strings: list[str]  # M
@@ -50,11 +54,29 @@ class Batch:
     prompts: Text | None
     positive: Bool[Tensor, "B M"]
 
+    @staticmethod
+    def of_text(text: Text) -> "Batch":
+        """Texts without pictures."""
+        nothing = torch.zeros(0, len(text.ids), dtype=torch.bool)
+        owner = torch.arange(len(text.ids))
+        return Batch([], None, [], owner, [], captions=text, prompts=text, positive=nothing)
+
+    @property
+    def size(self) -> int:
+        """Samples: pictures, or texts where there are none."""
+        return len(self.owner) if self.images is None else len(self.images)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images of a batch that has them."""
+        assert self.images is not None, "a batch of texts alone"
+        return self.images
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
         return replace(
             self,
-            images=self.images.to(device, non_blocking=True),
+            images=None if self.images is None else self.images.to(device, non_blocking=True),
             owner=self.owner.to(device, non_blocking=True),
             captions=self.captions.to(device),
             prompts=None if self.prompts is None else self.prompts.to(device),
@@ -75,7 +97,7 @@ def pad(encoded: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] 
         return torch.from_numpy(filled)
 
     ids, labels = rows((text.ids for text in encoded), pad_id), rows((text.labels for text in encoded), IGNORE)
-    return Text(ids, torch.from_numpy(valid), labels)
+    return Text(ids, torch.from_numpy(valid), labels, bool(valid.all()))
 
 
 def collate(

@@ -165,7 +165,7 @@ class Loader:
         bad: list[tuple[str, str]] = []
         places = range(within * self.batch_size, (within + 1) * self.batch_size)
         batch = self._collate([self._draw(epoch, place, bad) for place in places])
-        pixels = batch.images
+        pixels = batch.pixels
         if self.augment is not None:
             seed = int(_random(self.seed, _AUGMENT, step).integers(2**63))
             pixels = self.augment(pixels, torch.Generator().manual_seed(seed))
@@ -179,7 +179,7 @@ class Loader:
         if not found:
             return _Work(None, bad, len(indices))
         batch = self._collate([replace(sample, captions=sample.captions[: count or None]) for sample in found])
-        return _Work(replace(batch, images=self.transform.normalize(batch.images)), bad, len(indices))
+        return _Work(replace(batch, images=self.transform.normalize(batch.pixels)), bad, len(indices))
 
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples, self.tokenizer, self.max_tokens, self.template, self.image_tokens)

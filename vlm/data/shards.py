@@ -52,13 +52,13 @@ class RawSample:
     fields: dict[str, Any]
 
 
-def expand(spec: str | Sequence[str]) -> list[Path]:
-    """Files of a pattern, or of several: braces {000..003}, globs, a folder (its .tar files), plain paths.
+def expand(spec: str | Sequence[str], suffixes: tuple[str, ...] = (".tar",)) -> list[Path]:
+    """Files of a pattern, or of several: braces {000..003}, globs, a folder (its files of `suffixes`), plain paths.
 
     Order: as written, sorted within a glob or folder; a file named twice counts once. ValueError when nothing matches.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
-    files = [file for pattern in patterns for file in _expand_one(pattern)]
+    files = [file for pattern in patterns for file in _expand_one(pattern, suffixes)]
     if not files:
         raise ValueError(
             "no shards given: name a tar file, a pattern such as train-{000..009}.tar, or a folder of tars"
@@ -66,7 +66,7 @@ def expand(spec: str | Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _expand_one(pattern: str) -> list[Path]:
+def _expand_one(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
     if pattern.startswith("pipe:") or re.match(r"[A-Za-z][\w+.-]+://", pattern):
         raise ValueError(
             f"shards {pattern!r}: only local files are read, no commands or addresses; download them first"
@@ -75,23 +75,23 @@ def _expand_one(pattern: str) -> list[Path]:
     for name in [pattern] if os.path.exists(pattern) else braceexpand(os.path.expanduser(pattern)):
         path = Path(name)
         if path.is_dir():
-            found = sorted(path.glob("*.tar"))
+            found = sorted(file for file in path.iterdir() if file.name.endswith(suffixes))
         else:
             found = [path] if path.exists() else sorted(Path(hit) for hit in glob.glob(name, recursive=True))
         if not found:
-            raise ValueError(f"shards {pattern!r}: {_nearest(path)}")
+            raise ValueError(f"shards {pattern!r}: {_nearest(path, suffixes)}")
         files += found
     return files
 
 
-def _nearest(path: Path) -> str:
+def _nearest(path: Path, suffixes: tuple[str, ...]) -> str:
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
         return f"there is no folder {folder}"
     names = sorted(entry.name for entry in folder.iterdir())
-    tars = [name for name in names if name.endswith(".tar")]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or tars[:3] or names[:3]
-    missing = f"no .tar file in {folder}" if path.is_dir() else f"no file matches {path}"
+    likely = [name for name in names if name.endswith(suffixes)]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or likely[:3] or names[:3]
+    missing = f"no {' or '.join(suffixes)} file in {folder}" if path.is_dir() else f"no file matches {path}"
     return f"{missing}; {'that folder holds ' + ', '.join(near) if near else 'that folder is empty'}"
 
 

@@ -73,6 +73,12 @@ class Tokenizer:
         # Unigram and word-level vocabularies can still match the spelling of a control token: such ids are dropped.
         return tuple(i for i in ids if i not in self._control)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """What `encode` gives for each, on all cores and not remembered: for long texts that come once."""
+        clean = [text if text.isascii() else text.encode("utf-8", "replace").decode() for text in texts]
+        found = self.inner.encode_batch_fast(clean, add_special_tokens=False)
+        return [[i for i in encoding.ids if i not in self._control] for encoding in found]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; control tokens, image placeholders and IGNORE are skipped, nothing ends it early."""
         kept = [i for i in map(int, ids) if i >= 0 and i not in self._control]

@@ -15,8 +15,9 @@ from vlm.data.shards import Shards
 from vlm.eval.describe import describe
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
-from vlm.model.generate import Sampling
-from vlm.nn.backend import best_device, fast_float32
+from vlm.model.generate import Decoding, Sampling
+from vlm.model.vlm import need
+from vlm.nn.backend import best_device, fast_float32, lay_out_for_decoding
 from vlm.restore import Trained, restore
 
 BATCH = 32  # pictures captioned together
@@ -37,9 +38,9 @@ def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = Non
     model = trained.model
     if model.contrast is None:
         raise ValueError(f"{trained.folder} was trained without itc, so it cannot rank images and texts")
-    data = trained.run.data
+    data, transform = trained.run.pairs, need(model.vision, "image encoder").transform
     source = Shards(list(shards), data.image, caption or data.caption, data.id, data.max_bad_fraction)
-    loader = build.evaluation_loader(trained.run, source, model.vision.transform, trained.tokenizer)
+    loader = build.evaluation_loader(trained.run, source, transform, trained.tokenizer)
     features = extract(model, loader, keep_tokens=model.match is not None)
     arguments = (features.image, features.text, features.image_ids, features.text_ids)
     found: dict[str, Any] = {"itc": summarize(rank_counts(*arguments))}
@@ -101,7 +102,9 @@ def caption(
     trained = restore(run, best_device())
     if "lm" not in {loss.kind for loss in trained.run.losses}:
         raise ValueError(f"{run} was trained without lm, so it cannot write captions")
-    longest = trained.run.data.max_tokens if max_new is None else max_new
+    if best_device().type == "cpu":
+        lay_out_for_decoding(trained.model)
+    longest = trained.run.pairs.max_tokens if max_new is None else max_new
     sampling = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
     generator = torch.Generator(best_device()).manual_seed(seed)
     bad = 0
@@ -119,9 +122,10 @@ def caption(
 
 def _read(trained: Trained, paths: Sequence[Path]) -> tuple[list[Path], list[Tensor]]:
     readable, pixels = [], []
+    transform = need(trained.model.vision, "image encoder").transform
     for path in paths:
         try:
-            pixels.append(trained.model.vision.transform(decode(path.read_bytes())))
+            pixels.append(transform(decode(path.read_bytes())))
             readable.append(path)
         except (BadSample, OSError) as error:
             print(f"vlm: {path}: {error}", file=sys.stderr)
@@ -129,14 +133,14 @@ def _read(trained: Trained, paths: Sequence[Path]) -> tuple[list[Path], list[Ten
 
 
 def captions(
-    trained: Trained, images: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+    trained: Trained, images: Tensor, decoding: Decoding, generator: torch.Generator | None = None
 ) -> list[str]:
     """Captions of normalised images, B 3 H W."""
-    data = trained.run.data
+    data = trained.run.pairs
     device = next(trained.model.parameters()).device
     with fast_float32():
         return describe(
-            trained.model, trained.tokenizer, images.to(device), data.prompt, data.max_tokens, sampling, generator
+            trained.model, trained.tokenizer, images.to(device), data.prompt, data.max_tokens, decoding, generator
         )
 
 

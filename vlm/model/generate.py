@@ -1,10 +1,11 @@
-"""Decoding: greedy and sampled continuation of a batch, for any model that offers `proceed`.
+"""Decoding: greedy and sampled continuation of a batch, token by token or whole, for any model that offers `proceed`.
 
-Letters: B rows, P prompt tokens, V vocabulary.
+Letters: B rows, P prompt tokens, F forbidden tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +14,30 @@ from torch import Tensor
 from vlm.nn.state import State
 
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
+Stop = Callable[[list[int]], bool]  # asked about all new tokens of a row after each of them; True: the row ends here
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """A way to continue a batch: `Sampling`, `Beams`, or one of the user's own."""
+
+    @property
+    def max_new(self) -> int:
+        """Tokens of the longest continuation."""
+        ...
+
+    def unroll(
+        self,
+        step: Step,
+        logits: Float[Tensor, "B V"],
+        state: State,
+        prompt: Int[Tensor, "B P"],
+        eos: int | Sequence[int],
+        generator: torch.Generator | None = None,
+        stop: Stop | None = None,
+    ) -> list[list[int]]:
+        """As `generate`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,68 +53,148 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuses values that no decoding has, all named."""
-        wrong = [
-            message
-            for bad, message in [
-                (self.max_new < 1, f"max_new={self.max_new}: at least 1"),
-                (not 0 <= self.min_new <= self.max_new, f"min_new={self.min_new}: between 0 and max_new"),
+        refuse(
+            [
+                *wrong_lengths(self.max_new, self.min_new),
                 (not self.temperature >= 0, f"temperature={self.temperature}: 0 (greedy) or more"),
                 (self.top_k is not None and self.top_k < 1, f"top_k={self.top_k}: at least 1"),
                 (self.top_p is not None and not 0 < self.top_p <= 1, f"top_p={self.top_p}: above 0, at most 1"),
                 (not self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: above 0"),
             ]
-            if bad
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        )
+
+    def unroll(
+        self,
+        step: Step,
+        logits: Float[Tensor, "B V"],
+        state: State,
+        prompt: Int[Tensor, "B P"],
+        eos: int | Sequence[int],
+        generator: torch.Generator | None = None,
+        stop: Stop | None = None,
+    ) -> list[list[int]]:
+        """As `generate`."""
+        columns = list(stream(step, logits, state, prompt, eos, self, generator, stop))
+        return until_end(torch.stack(columns, 1), eos)
 
 
-@torch.no_grad()
+def wrong_lengths(max_new: int, min_new: int) -> list[tuple[bool, str]]:
+    """What may be wrong with the number of new tokens, for `refuse`."""
+    return [
+        (max_new < 1, f"max_new={max_new}: at least 1"),
+        (not 0 <= min_new <= max_new, f"min_new={min_new}: between 0 and max_new"),
+    ]
+
+
+def refuse(checks: Sequence[tuple[bool, str]]) -> None:
+    """One ValueError with the messages of all checks that are True."""
+    if wrong := [message for bad, message in checks if bad]:
+        raise ValueError("; ".join(wrong))
+
+
 def generate(
     step: Step,
     logits: Float[Tensor, "B V"],
     state: State,
     prompt: Int[Tensor, "B P"],
-    eos: int,
-    sampling: Sampling,
+    eos: int | Sequence[int],
+    decoding: Decoding,
     generator: torch.Generator | None = None,
+    stop: Stop | None = None,
 ) -> list[list[int]]:
-    """New tokens of each row, up to and without its end token.
+    """New tokens of each row, up to and without its end token (any of `eos`); the best where several were found.
 
     `logits` and `state` are those after the prompt; `step` takes one token per row (B 1) and gives the next.
     `prompt` counts for the repetition penalty only; negative ids in it (image placeholders, padding) do not.
+    `stop` ends a row after the tokens that it says True to; these are kept.
     """
-    # Counted, not set: a negative id would take back what a real id 0 in the same row had marked.
-    used = torch.zeros_like(logits, dtype=torch.long).scatter_add_(1, prompt.clamp_min(0), (prompt >= 0).long()) > 0
+    return decoding.unroll(step, logits, state, prompt, eos, generator, stop)
+
+
+def stream(
+    step: Step,
+    logits: Float[Tensor, "B V"],
+    state: State,
+    prompt: Int[Tensor, "B P"],
+    eos: int | Sequence[int],
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    stop: Stop | None = None,
+) -> Iterator[Int[Tensor, "B"]]:
+    """Tokens as they are made, one per row; a row that has ended repeats the (first) end token.
+
+    Arguments as in `generate`. Nothing is computed before it is asked for, nor after all rows have ended.
+    """
+    ends = end_tokens(eos, logits.device)
+    used = said(prompt, logits) if sampling.repetition_penalty != 1.0 else None
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    columns: list[Tensor] = []
+    rows: list[list[int]] = [[] for _ in logits]
+    chosen: Tensor
     for made in range(sampling.max_new):
-        chosen = choose(logits.float(), used, sampling, eos if made < sampling.min_new else None, generator)
-        chosen = torch.where(running, chosen, eos)
-        columns.append(chosen)
-        running = running & (chosen != eos)
-        if made + 1 == sampling.max_new or not bool(running.any()):
-            break
-        used.scatter_(1, chosen[:, None], True)
-        logits, state = step(chosen[:, None], state)
-    rows: list[list[int]] = torch.stack(columns, 1).tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+        # Not a decorator: gradients are off here, but not in the caller's code between two tokens.
+        with torch.no_grad():
+            if made:
+                logits, state = step(chosen[:, None], state)
+            chosen = choose(logits.float(), used, sampling, ends if made < sampling.min_new else None, generator)
+            chosen = torch.where(running, chosen, ends[0])
+            running = running & (chosen[:, None] != ends).all(1)
+            if stop is not None:
+                running = _ask(stop, rows, chosen, running)
+            if used is not None:
+                used.scatter_(1, chosen[:, None], True)
+        yield chosen
+        if not bool(running.any()):
+            return
+
+
+def _ask(stop: Stop, rows: list[list[int]], chosen: Tensor, running: Tensor) -> Tensor:
+    """Rows that still run after their new token, which is appended to their list."""
+    goes_on: list[bool] = running.tolist()
+    for row, token in enumerate(chosen.tolist()):
+        if goes_on[row]:
+            rows[row].append(token)
+            goes_on[row] = not stop(rows[row])
+    return torch.tensor(goes_on, device=chosen.device)
+
+
+def end_tokens(eos: int | Sequence[int], device: torch.device) -> Int[Tensor, "E"]:
+    """One id or several, as a tensor. ValueError for none."""
+    ends = [eos] if isinstance(eos, int) else list(eos)
+    if not ends:
+        raise ValueError("eos=[]: at least one end token; to write on after it, raise min_new")
+    return torch.tensor(ends, device=device)
+
+
+def until_end(tokens: Int[Tensor, "B N"], eos: int | Sequence[int]) -> list[list[int]]:
+    """Rows up to and without their first end token."""
+    ends = {eos} if isinstance(eos, int) else set(eos)
+    rows: list[list[int]] = tokens.tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
+def said(prompt: Int[Tensor, "B P"], logits: Float[Tensor, "B V"]) -> Bool[Tensor, "B V"]:
+    """Marks each row's prompt tokens in the vocabulary; negative ids mark nothing."""
+    # Counted, not set: a negative id would take back what a real id 0 in the same row had marked.
+    return torch.zeros_like(logits, dtype=torch.long).scatter_add_(1, prompt.clamp_min(0), (prompt >= 0).long()) > 0
+
+
+def penalise(scores: Float[Tensor, "B V"], used: Bool[Tensor, "B V"], penalty: float) -> Float[Tensor, "B V"]:
+    """Scores with those of used tokens moved away from being chosen (arXiv 1909.05858, section 4.1)."""
+    return torch.where(used, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
 def choose(
     logits: Float[Tensor, "B V"],
-    used: Bool[Tensor, "B V"],
+    used: Bool[Tensor, "B V"] | None,
     sampling: Sampling,
-    forbidden: int | None = None,
+    forbidden: Int[Tensor, "F"] | None = None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "B"]:
-    """The next token of each row; `used` marks tokens that the repetition penalty (arXiv 1909.05858) acts on."""
-    if sampling.repetition_penalty != 1.0:
-        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-        logits = torch.where(used, penalised, logits)
+    """The next token of each row; `used` marks tokens that the repetition penalty acts on."""
+    if used is not None and sampling.repetition_penalty != 1.0:
+        logits = penalise(logits, used, sampling.repetition_penalty)
     if forbidden is not None:
-        logits = logits.clone()
-        logits[:, forbidden] = -torch.inf
+        logits = logits.index_fill(1, forbidden, -torch.inf)
     if sampling.temperature == 0:
         return logits.argmax(1)
     logits = logits / sampling.temperature

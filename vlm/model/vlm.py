@@ -16,11 +16,11 @@ from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import Decoder, splice
 from vlm.model.qformer import QFormer
 from vlm.model.text import TextEncoder
-from vlm.nn.block import ImageMemory
+from vlm.nn.block import ImageMemory, Output
 from vlm.nn.state import State
 from vlm.nn.tokens import IMAGE_ID, Tokens, count_positions
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,22 @@ class VisionLanguageModel(nn.Module):
     """Any system made of these parts; a part that a system lacks is None, and what needs it says so.
 
     CLIP: vision, pooling connector, text, contrast. BLIP-2 stage 1: vision, Q-Former, contrast, match.
-    BLIP-2 stage 2, LLaVA: vision, connector, language.
+    BLIP-2 stage 2, LLaVA: vision, connector, language. Pretraining on text: language.
     """
 
     def __init__(
         self,
-        vision: ImageEncoder,
-        connector: Connector,
+        vision: ImageEncoder | None = None,
+        connector: Connector | None = None,
         text: TextEncoder | None = None,
         language: Decoder | None = None,
         contrast: ContrastiveHead | None = None,
         match: MatchingHead | None = None,
     ) -> None:
-        """`vision` maps images to tokens and `connector` those to the width of what reads them."""
+        """`vision` maps images to tokens and `connector` those to the width of what reads them.
+
+        Without the two it is a language model on text alone.
+        """
         super().__init__()
         self.vision, self.connector = vision, connector
         self.text, self.language = text, language
@@ -89,12 +92,12 @@ class VisionLanguageModel(nn.Module):
 
     def see(self, images: Float[Tensor, "B 3 H W"]) -> Seen:
         """Looks at the images once."""
-        return self.connect(self.vision(images))
+        return self.connect(need(self.vision, "image encoder")(images))
 
     def connect(self, image: Float[Tensor, "B N C"]) -> Seen:
         """Runs the connector on image tokens (from `vision`, or a cache of it)."""
         if not isinstance(self.connector, QFormer):
-            return Seen(self.connector(image))
+            return Seen(need(self.connector, "connector")(image))
         memory = self.connector.look(image)
         queries = self.connector.query(memory, len(image))
         return Seen(self.connector.out(queries.hidden), memory, queries.state)
@@ -119,25 +122,25 @@ class VisionLanguageModel(nn.Module):
         logits: Tensor = need(self.match, "matching head")(qformer.fuse(seen.memory, text.ids, text.valid))
         return logits
 
-    def write(self, seen: Seen, text: Text) -> Float[Tensor, "M T D"]:
-        """Hidden states of text m after row m's image: what `logits` turns into next-token logits."""
-        return self.begin(seen, text)[0]
+    def write(self, seen: Seen | None, text: Text) -> Output:
+        """Hidden states (M T D) of text m after row m's image: what `logits` turns into next-token logits.
 
-    def begin(self, seen: Seen, text: Text) -> tuple[Float[Tensor, "M T D"], State]:
-        """As `write`, with the state from which `proceed` continues."""
+        `seen` is None for text alone; `proceed` continues from the state.
+        """
         if self.language is not None:
-            x = splice(self.language.embed(text.ids), text.ids, seen.soft, IMAGE_ID)
-            out = self.language(Tokens.of(x, causal=True, valid=text.valid))
-            return out.hidden, out.state
+            x = self.language.embed(text.ids)
+            if seen is not None:
+                x = splice(x, text.ids, seen.soft, IMAGE_ID)
+            read: Output = self.language(Tokens.of(x, causal=True, valid=None if text.full else text.valid))
+            return read
         qformer = self._qformer("LM without a language model")
-        assert seen.state is not None
+        assert seen is not None and seen.state is not None
         start = torch.zeros_like(seen.state.position)
         out = qformer.write(text.ids, text.valid, seen.state, start)
-        return out.hidden, replace(out.state, position=count_positions(text.valid).amax(1) + 1)
+        return out._replace(state=replace(out.state, position=count_positions(text.valid).amax(1) + 1))
 
     def proceed(self, ids: Int[Tensor, "M 1"], state: State) -> tuple[Float[Tensor, "M V"], State]:
         """Logits after one more token of each row."""
-        valid = torch.ones_like(ids, dtype=torch.bool)
         if self.language is not None:
             tokens = Tokens.of(self.language.embed(ids), causal=True, position=state.position[:, None])
             out = self.language(tokens, state)
@@ -145,7 +148,7 @@ class VisionLanguageModel(nn.Module):
             qformer = self._qformer("LM without a language model")
             if qformer.text is not None and int(state.position.max()) >= qformer.text.max_tokens:
                 raise ValueError(f"this Q-Former writes at most {qformer.text.max_tokens} tokens: lower max_new")
-            out = qformer.write(ids, valid, state, state.position)
+            out = qformer.write(ids, torch.ones_like(ids, dtype=torch.bool), state, state.position)
         return self.logits(out.hidden[:, -1]), out.state
 
     def logits(self, hidden: Float[Tensor, "*K D"]) -> Float[Tensor, "*K V"]:
@@ -157,7 +160,7 @@ class VisionLanguageModel(nn.Module):
     @property
     def image_tokens(self) -> int:
         """Placeholders that one image takes in the text of the language model; 0 where text follows queries."""
-        return self.connector.tokens if self.language is not None else 0
+        return 0 if self.language is None or self.connector is None else self.connector.tokens
 
     def _qformer(self, purpose: str) -> QFormer:
         if not isinstance(self.connector, QFormer):

@@ -3,24 +3,19 @@
 Letters: B batch, S sequence, D width, H heads, G key/value heads, K head width, N image tokens, C image width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlm.nn.rotary import Angles, rotate
+from vlm.nn.context import Context
+from vlm.nn.rotary import rotate
 from vlm.nn.route import call
-from vlm.nn.state import KeyValue, LayerState
-from vlm.nn.tokens import Tokens, Visibility
-
-
-class Context(NamedTuple):
-    """What one forward pass works out once and all its blocks share."""
-
-    tokens: Tokens
-    visibility: Visibility
-    angles: Angles | None
+from vlm.nn.state import LayerState
+from vlm.nn.tokens import Tokens
+from vlm.nn.window import Everything, Window
 
 
 def head_width(dim: int, heads: int) -> int:
@@ -37,40 +32,58 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, kv_heads: int | None = None, bias: bool = False, out_bias: bool | None = None
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        key_bias: bool | None = None,
+        head_dim: int | None = None,
+        norm: Callable[[int], nn.Module] | None = None,
+        window: int | None = None,
     ) -> None:
-        """`bias` is for the query, key and value projections; `out_bias` follows it unless given."""
+        """`bias`: of the query, key and value projections; `out_bias` and `key_bias` follow it unless given.
+
+        `head_dim`: width of a head, dim / heads unless given. `norm`: of each query and key head before they are
+        rotated, made from its width (Qwen3). `window`: how many tokens a query sees, itself included (Mistral).
+        """
         super().__init__()
-        self.head_dim = head_width(dim, heads)
+        self.head_dim = head_width(dim, heads) if head_dim is None else head_dim
         self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
-        if heads % self.kv_heads:
-            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={heads}")
-        self.query = nn.Linear(dim, dim, bias=bias)
-        self.key = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            remedy = "choose it among the divisors of heads"
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={heads}: {remedy}")
+        key_bias, out_bias = (bias if given is None else given for given in (key_bias, out_bias))
+        self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
+        self.key = nn.Linear(dim, self.kv_heads * self.head_dim, bias=key_bias)
         self.value = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias if out_bias is None else out_bias)
+        self.out = nn.Linear(heads * self.head_dim, dim, bias=out_bias)
+        self.query_norm, self.key_norm = (None if norm is None else norm(self.head_dim) for _ in range(2))
+        self.memory: Everything | Window = Everything() if window is None else Window(window)
 
     def forward(
         self, x: Float[Tensor, "B S D"], context: Context, past: LayerState | None = None
-    ) -> tuple[Float[Tensor, "B S D"], KeyValue]:
-        """Output, and the keys and values of everything seen so far."""
-        assert past is None or isinstance(past, KeyValue), "this state was made by another kind of mixer"
+    ) -> tuple[Float[Tensor, "B S D"], LayerState]:
+        """Output, and what is to be remembered of everything seen so far."""
         tokens = context.tokens
-        query = split_heads(call(self.query, x, tokens), self.heads)
-        key = split_heads(call(self.key, x, tokens), self.kv_heads)
+        query = self._heads(self.query, self.query_norm, x, tokens)
+        key = self._heads(self.key, self.key_norm, x, tokens)
         value = split_heads(call(self.value, x, tokens), self.kv_heads)
         if context.angles is not None:
             query, key = rotate(query, context.angles), rotate(key, context.angles)
-        present = KeyValue(key, value) if past is None else past.extend(key, value)
+        state, key, value, (mask, is_causal) = self.memory(past, key, value, context)
         y = scaled_dot_product_attention(
-            query,
-            present.key,
-            present.value,
-            attn_mask=context.visibility.mask,
-            is_causal=context.visibility.is_causal,
-            enable_gqa=self.kv_heads != self.heads,
+            query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=self.kv_heads != self.heads
         )
-        return call(self.out, merge_heads(y), tokens), present
+        return call(self.out, merge_heads(y), tokens), state
+
+    def _heads(self, linear: nn.Module, norm: nn.Module | None, x: Tensor, tokens: Tokens) -> Tensor:
+        rows = call(linear, x, tokens)
+        heads = rows.view(*rows.shape[:2], -1, self.head_dim)
+        if norm is not None:  # in the type of its gain, which autocast leaves alone as it does x
+            heads = norm(heads.to(x.dtype)).to(rows.dtype)
+        return heads.transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -110,8 +123,7 @@ class ImageKeyValue(NamedTuple):
 
 def split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S K"]:
     """B S (H K) to B H S K."""
-    split: Tensor = x.unflatten(-1, (heads, -1))
-    return split.transpose(1, 2)
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Float[Tensor, "B H S K"]) -> Float[Tensor, "B S D"]:

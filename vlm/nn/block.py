@@ -1,7 +1,7 @@
 """Block and Stack: the one Transformer body behind text encoders, Q-Formers and language models.
 
-A block is a mixer (attention or anything with its signature), an optional cross-attention and a feed-forward network,
-each inside a residual that says where the norm stands. Systems differ in what fills these slots.
+A block is a mixer (attention, retention or anything with their signature), an optional cross-attention and a
+feed-forward network, each inside a residual that says where the norm stands. Systems differ in what fills these slots.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlm.nn.attention import Context, CrossAttention, ImageKeyValue
+from vlm.nn.attention import CrossAttention, ImageKeyValue
+from vlm.nn.context import Context
+from vlm.nn.moe import MixtureOfExperts, Routing
+from vlm.nn.retain import precise
+from vlm.nn.retention import Decay, Retention
 from vlm.nn.rotary import Rotary
 from vlm.nn.route import call, only
 from vlm.nn.state import LayerState, State
@@ -95,15 +99,19 @@ class Block(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "B S D"], context: Context, image: ImageKeyValue | None, past: LayerState | None
-    ) -> tuple[Float[Tensor, "B S D"], LayerState]:
-        """The tokens after this block, and the mixer's memory of them."""
+    ) -> tuple[Float[Tensor, "B S D"], LayerState, Routing | None]:
+        """The tokens after this block, the mixer's memory of them, and what the experts did if it has any."""
         tokens = context.tokens
         branch, present = self.mixer(self.mixer_residual.enter(x, tokens), context, past)
         x = self.mixer_residual.leave(x, branch, tokens)
         if self.cross is not None and image is not None:
             x = self.cross(x, tokens, image)
-        branch = call(self.ffn, self.ffn_residual.enter(x, tokens), tokens)
-        return self.ffn_residual.leave(x, branch, tokens), present
+        entered, routing = self.ffn_residual.enter(x, tokens), None
+        if isinstance(self.ffn, MixtureOfExperts):
+            branch, routing = self.ffn(entered, tokens.valid)
+        else:
+            branch = call(self.ffn, entered, tokens)
+        return self.ffn_residual.leave(x, branch, tokens), present, routing
 
 
 class ImageMemory(NamedTuple):
@@ -117,21 +125,29 @@ class ImageMemory(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Hidden states of the given tokens, and the memory after them."""
+    """Hidden states of the given tokens, the memory after them, and what each mixture of experts did."""
 
     hidden: Float[Tensor, "B S D"]
     state: State
+    routings: tuple[Routing, ...] = ()
 
 
 class Stack(nn.Module):
-    """Blocks in a row, with an optional final norm and rotary positions."""
+    """Blocks in a row, with an optional final norm and what the mixers need to know about places."""
 
-    def __init__(self, blocks: Sequence[Block], norm: nn.Module | None = None, rotary: Rotary | None = None) -> None:
-        """`norm`: after the last block (pre-norm stacks)."""
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        norm: nn.Module | None = None,
+        rotary: Rotary | None = None,
+        decay: Decay | None = None,
+    ) -> None:
+        """`norm`: after the last block (pre-norm stacks); `rotary`: for attention; `decay`: for retention."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity() if norm is None else norm
-        self.rotary = rotary
+        self.rotary, self.decay = rotary, decay
+        self.masked = not all(isinstance(block.mixer, Retention) for block in blocks)
 
     def look(self, image: Float[Tensor, "B N C"]) -> ImageMemory:
         """Keys and values of an image for every cross-attention, to be made once and used by many passes."""
@@ -139,18 +155,40 @@ class Stack(nn.Module):
         return ImageMemory(tuple(None if cross is None else cross.attention.project(image) for cross in crosses))
 
     def forward(self, tokens: Tokens, image: ImageMemory | None = None, state: State | None = None) -> Output:
-        """Runs tokens after those that `state` remembers."""
-        angles = None if self.rotary is None else self.rotary(tokens.position)
-        visibility = tokens.visibility(None if state is None else state.valid)
-        context = Context(tokens, visibility, angles)
-        x, layers = tokens.x, []
+        """Runs tokens after those that `state` remembers. Errors: a state of another model."""
+        if state is not None and len(state.layers) != len(self.blocks):
+            raise ValueError(f"this state is of another model: {len(state.layers)} layers for {len(self.blocks)}")
+        context = self._context(tokens, state)
+        x, layers, routings = tokens.x, [], []
         for i, block in enumerate(self.blocks):
             memory = None if image is None else image.blocks[i]
-            x, present = block(x, context, memory, None if state is None else state.layers[i])
+            x, present, routing = block(x, context, memory, None if state is None else state.layers[i])
             layers.append(present)
-        valid = tokens.valid if state is None else torch.cat([state.valid, tokens.valid], 1)
+            routings += [] if routing is None else [routing]
+        return Output(call(self.norm, x, tokens), self._after(tuple(layers), tokens, state), tuple(routings))
+
+    def _context(self, tokens: Tokens, state: State | None) -> Context:
+        """What all blocks share; without attention nothing here is quadratic in the length."""
+        past, full, seen = (None, False, None) if state is None else (state.valid, state.full, state.seen)
+        return Context(
+            tokens,
+            tokens.visibility(past, full) if self.masked else None,
+            None if self.rotary is None else self.rotary(tokens.position, precise(tokens.x.dtype)),
+            None if self.decay is None else self.decay(tokens, seen),
+        )
+
+    def _after(self, layers: tuple[LayerState, ...], tokens: Tokens, before: State | None) -> State:
+        valid = seen = None
+        if self.masked:
+            valid = (
+                tokens.valid if before is None or before.valid is None else torch.cat([before.valid, tokens.valid], 1)
+            )
         # Row by row, because padding on the right must not move the next token away.
-        following = torch.where(tokens.valid, tokens.position + 1, 0).amax(1)
-        if state is not None:
-            following = torch.maximum(following, state.position)
-        return Output(call(self.norm, x, tokens), State(tuple(layers), valid, following))
+        position = torch.where(tokens.valid, tokens.position + 1, 0).amax(1)
+        if self.decay is not None:
+            seen = tokens.valid.sum(1).to(precise(tokens.x.dtype))
+        if before is not None:
+            position = torch.maximum(position, before.position)
+            seen = seen if seen is None or before.seen is None else before.seen + seen
+        full = tokens.full and (before is None or before.full)
+        return State(layers, valid, position, full, seen)

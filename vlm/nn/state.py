@@ -1,6 +1,6 @@
 """What a stack remembers of the tokens it has seen: the protocol that decoding relies on, and the key/value cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,19 +16,47 @@ class LayerState(Protocol):
         """Rows picked by index, with repeats: beams, or several texts per image."""
         ...
 
+    def crop(self, drop: int) -> "LayerState":
+        """Without the last `drop` tokens."""
+        ...
+
 
 @dataclass(frozen=True)
 class State:
     """Memory of a whole stack after P tokens."""
 
     layers: tuple[LayerState, ...]
-    valid: Bool[Tensor, "B P"]
+    valid: Bool[Tensor, "B P"] | None  # None: no layer looks at single past tokens (retention)
     position: Int[Tensor, "B"]  # of the next token of each row
+    full: bool = False  # known beforehand that no past token is padding: a hint that spares the mask
+    seen: Float[Tensor, "B"] | None = None  # valid tokens of each row so far, where a layer scales by them (retention)
 
     def reorder(self, index: Int[Tensor, "R"]) -> "State":
         """Rows picked by index, with repeats."""
         layers = tuple(layer.reorder(index) for layer in self.layers)
-        return State(layers, self.valid[index], self.position[index])
+        valid = None if self.valid is None else self.valid[index]
+        seen = None if self.seen is None else self.seen[index]
+        return State(layers, valid, self.position[index], self.full, seen)
+
+    def move(self, index: Int[Tensor, "R"], fresh: int) -> "State":
+        """As `reorder`, in place where it can be; row r and row index[r] differ in their last `fresh` tokens only.
+
+        Beams of one prompt are such rows. This state must not be used afterwards.
+        """
+        moved = (
+            layer.move(index, fresh) if isinstance(layer, KeyValue) else layer.reorder(index) for layer in self.layers
+        )
+        return replace(replace(self, layers=()).reorder(index), layers=tuple(moved))
+
+    def crop(self, drop: int) -> "State":
+        """Without the last `drop` tokens, which must be valid in every row: to take back what was only tried.
+
+        Errors: retention that cannot (see there).
+        """
+        layers = tuple(layer.crop(drop) for layer in self.layers)
+        valid = None if self.valid is None else self.valid[:, : self.valid.shape[1] - drop]
+        seen = None if self.seen is None else self.seen - drop
+        return State(layers, valid, self.position - drop, self.full, seen)
 
 
 class _Buffer:
@@ -68,13 +96,32 @@ class KeyValue:
         buffer.key[:, :, self._length : end] = key
         buffer.value[:, :, self._length : end] = value
         buffer.filled = end
-        longer = KeyValue.__new__(KeyValue)
-        longer._buffer, longer._length = buffer, end
-        return longer
+        return self._view(buffer, end)
 
     def reorder(self, index: Int[Tensor, "R"]) -> "KeyValue":
         """Rows picked by index, with repeats."""
         return KeyValue(self.key[index], self.value[index])
+
+    def move(self, index: Int[Tensor, "R"], fresh: int) -> "KeyValue":
+        """As `State.move`: only the last `fresh` columns change their owner."""
+        if self._buffer.filled != self._length:  # another continuation of the same past stands behind
+            return self.reorder(index)
+        for part in (self.key, self.value):
+            tail = part[:, :, self._length - fresh :]
+            tail.copy_(tail.index_select(0, index))
+        return self
+
+    def crop(self, drop: int) -> "KeyValue":
+        """Without the last `drop` tokens; shares the storage."""
+        if not 0 <= drop <= self._length:
+            raise ValueError(f"{drop} tokens cannot be taken back from {self._length}")
+        return self._view(self._buffer, self._length - drop)
+
+    @staticmethod
+    def _view(buffer: _Buffer, length: int) -> "KeyValue":
+        seen = KeyValue.__new__(KeyValue)
+        seen._buffer, seen._length = buffer, length
+        return seen
 
 
 def _grown(past: Tensor, least: int) -> Tensor:

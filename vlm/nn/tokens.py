@@ -107,12 +107,21 @@ class Tokens:
                 merged.append((run.route, run.length))
         return merged
 
-    def visibility(self, past: Bool[Tensor, "B P"] | None = None) -> Visibility:
-        """Who may look at whom; `past` marks the valid cached tokens, which all new tokens may see."""
-        if past is None and self.runs is not None and all(run.full for run in self.runs):
-            if not any(run.causal for run in self.runs):
+    @property
+    def full(self) -> bool:
+        """Known statically that no token is padding."""
+        return self.runs is not None and all(run.full for run in self.runs)
+
+    def visibility(self, past: Bool[Tensor, "B P"] | None = None, past_full: bool = False) -> Visibility:
+        """Who may look at whom; `past` marks the valid cached tokens, which all new tokens may see.
+
+        `past_full`: known that all of them are valid.
+        """
+        if self.full and self.runs is not None:
+            free = not any(run.causal for run in self.runs) or self.x.shape[1] == 1
+            if free and (past is None or past_full):
                 return Visibility(None, False)
-            if all(run.causal for run in self.runs):
+            if past is None and all(run.causal for run in self.runs):
                 return Visibility(None, True)
         return Visibility(self.mask(past), False)
 

@@ -23,6 +23,7 @@ from vlm.eval.caption import cider_d, exact, identical, mean_words
 from vlm.eval.report import Card, Curves, Gallery, Page, Table, retrieval_tables, write_page
 from vlm.eval.run import captions, retrieval
 from vlm.model.generate import Sampling
+from vlm.model.vlm import need
 from vlm.nn.backend import best_device
 from vlm.restore import Trained, restore
 from vlm.train.log import note, read_metrics
@@ -106,7 +107,8 @@ def _evaluate(out: Path) -> dict[str, Any]:
 def _captions(trained: Trained) -> tuple[dict[str, float], list[Card]]:
     source = Shards([str(TEST)], caption="json:captions", id_field="hexcode")
     samples = [source.raw(i) for i in range(len(source))]
-    pixels = [trained.model.vision.transform(decode(sample.image)) for sample in samples]
+    transform = need(trained.model.vision, "image encoder").transform
+    pixels = [transform(decode(sample.image)) for sample in samples]
     said = [text for part in torch.stack(pixels).split(128) for text in captions(trained, part, Sampling(max_new=24))]
     names = [str(sample.fields["caption"]) for sample in samples]
     every = max(1, len(samples) // SHOWN)

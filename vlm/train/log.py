@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from vlm.train.experts import Health
+
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
 
@@ -30,17 +32,21 @@ class Log:
         start: int = 0,
         report_to: Sequence[str] = (),
         later: float = 0.0,
+        health: Health | None = None,
+        token_seconds: float | None = None,
     ) -> None:
         """`chance`: of each loss, what guessing gives; `start`: the step a resumed run goes on from.
 
-        `later`: work that follows this run, as a multiple of it, to say how long is left in all.
+        `later`: work that follows this run, as a multiple of it, to say how long is left in all. `health`: of mixtures
+        of experts. `token_seconds`: what a token takes at the machine's peak, to tell the utilisation (MFU).
         """
         self.steps, self.every, self.chance, self.title = steps, every, chance, title
         self.console = Console(stderr=True, highlight=False)
         self._sums: dict[str, float] = defaultdict(float)
         self._count, self._since, self._began, self._start = 0, time.perf_counter(), time.perf_counter(), start
         self._stuck: set[str] = set()
-        self._later = later
+        self._later, self._health, self._token_seconds = later, health, token_seconds
+        self._counts: dict[str, float] = defaultdict(float)
         cut_after(folder / METRICS, start)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._board = _tensorboard(folder) if "tensorboard" in report_to else None
@@ -71,10 +77,14 @@ class Log:
         if self._board is not None:
             self._board.close()
 
-    def step(self, done: int, losses: Mapping[str, float], facts: Mapping[str, float]) -> None:
-        """After each step: its losses, and facts (rate, gradient norm, samples) of which the newest are reported."""
+    def step(
+        self, done: int, losses: Mapping[str, float], facts: Mapping[str, float], counts: Mapping[str, float]
+    ) -> None:
+        """After each step: losses, facts of which the newest are told (rate), counts that are told per second."""
         for name, value in losses.items():
             self._sums[name] += value
+        for name, value in counts.items():
+            self._counts[name] += value
         self._count += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
@@ -93,13 +103,17 @@ class Log:
     def _report(self, done: int, facts: Mapping[str, float]) -> None:
         now = time.perf_counter()
         means = {name: total / self._count for name, total in self._sums.items()}
-        speed = {name: value * self._count / (now - self._since) for name, value in facts.items() if name == "samples"}
-        values = {f"train/loss_{name}": value for name, value in means.items()}
+        speed = {name: value / (now - self._since) for name, value in self._counts.items()}
+        values: dict[str, float | list[float]] = {f"train/loss_{name}": value for name, value in means.items()}
         values |= {f"chance/loss_{name}": self.chance[name] for name in means if name in self.chance}
-        values |= {f"train/{name}": value for name, value in facts.items() if name != "samples"}
-        values |= {"train/samples_per_second": speed.get("samples", 0.0), "seconds": now - self._began}
+        values |= {f"train/{name}": value for name, value in facts.items()}
+        values |= {f"train/{name}_per_second": value for name, value in speed.items()}
+        values["seconds"] = now - self._began
+        if self._token_seconds is not None and "tokens" in speed:
+            values["train/mfu"] = speed["tokens"] * self._token_seconds
+        values |= self._experts()
         self._write(done, values)
-        note = "  ".join(f"{name} {value:.3f} (chance {self.chance.get(name, 0):.3f})" for name, value in means.items())
+        note = "  ".join(_beside_chance(name, value, self.chance.get(name)) for name, value in means.items())
         pace = (now - self._began) / max(1, done - self._start)
         left = clock(pace * (self.steps - done))
         if self._later:
@@ -107,10 +121,26 @@ class Log:
         if self._bar is not None:
             self._bar.update(self._task, note=f"{note}  {left} left")
         else:
-            self.say(f"{self.title} {done}/{self.steps}  {note}  {speed.get('samples', 0):.0f} samples/s  {left} left")
+            self.say(f"{self.title} {done}/{self.steps}  {note}  {self._pace(speed)}  {left} left")
         self._warn(done, means)
         self._sums.clear()
+        self._counts.clear()
         self._count, self._since = 0, now
+
+    def _pace(self, speed: Mapping[str, float]) -> str:
+        if "tokens" not in speed:
+            return f"{speed.get('samples', 0):.0f} samples/s"
+        used = "" if self._token_seconds is None else f"  MFU {100 * speed['tokens'] * self._token_seconds:.0f} %"
+        return f"{speed['tokens']:.0f} tokens/s{used}"
+
+    def _experts(self) -> Mapping[str, float | list[float]]:
+        report = None if self._health is None else self._health.report()
+        if report is None:
+            return {}
+        if (warning := report.warning()) and warning not in self._stuck:
+            self._stuck.add(warning)
+            self.say(warning)
+        return report.values()
 
     def _warn(self, done: int, means: Mapping[str, float]) -> None:
         for name, value in means.items():
@@ -123,12 +153,18 @@ class Log:
                 "has been learned from it yet. Look at the pictures and captions, at what learns, and at the rate."
             )
 
-    def _write(self, done: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": done, **{k: _plain(v) for k, v in values.items()}}) + "\n")
+    def _write(self, done: int, values: Mapping[str, float | list[float]]) -> None:
+        plain = {k: [_plain(x) for x in v] if isinstance(v, list) else _plain(v) for k, v in values.items()}
+        self._file.write(json.dumps({"step": done, **plain}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, done)
+                if not isinstance(value, list):
+                    self._board.add_scalar(name, value, done)
+
+
+def _beside_chance(name: str, value: float, level: float | None) -> str:
+    return f"{name} {value:.3f}" + ("" if level is None else f" (chance {level:.3f})")
 
 
 def clock(seconds: float) -> str:
@@ -160,12 +196,19 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All records of a run, in order; what was not finite is NaN again."""
+    """All numbers of a run, in order; what was not finite is NaN again, and lists are left out."""
     path = folder / METRICS
     if not path.is_file():
         return []
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{key: math.nan if value is None else float(value) for key, value in record.items()} for record in records]
+    return [
+        {
+            key: math.nan if value is None else float(value)
+            for key, value in record.items()
+            if not isinstance(value, list)
+        }
+        for record in records
+    ]
 
 
 def check_reports(report_to: Sequence[str]) -> None:

@@ -1,9 +1,8 @@
 """`vlm train`: from a configuration to a trained run folder."""
 
+import math
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,16 +10,18 @@ import torch
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
+from vlm.config.language import MoeFfn
 from vlm.config.load import dump, load
-from vlm.data.batch import Batch
-from vlm.data.loader import Loader
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.nn.backend import best_device, fast_float32
 from vlm.restore import TOKENIZER, initialise, relative_init, sourced_parts
 from vlm.train.average import Average
+from vlm.train.experts import Health, experts_of
+from vlm.train.feed import Feed, Once, begun, feed
 from vlm.train.log import BOARD, METRICS, Log, check_reports, note
 from vlm.train.loop import Interrupted, Plan, autocast, fit
 from vlm.train.optim import Line, Rule, assign, make_optimizer, table
+from vlm.train.speed import flops_per_token, peak_flops
 from vlm.train.task import Itc, Itm, Lm, Objective, Task
 
 
@@ -45,47 +46,108 @@ def train_run(
     run = relative_init(run, out)
     check_folder(out, run, resume, overwrite)
     check_reports(run.train.report_to)
-    device = best_device()
-    source = build.shards(run.data, run.data.train)
-    tokenizer = _tokenizer(run, out, resume, source.captions)
-    model = build.model(run, tokenizer)
-    for line in initialise(model, run, out):
-        note(line)
-    decided = assign(model, rules(run), frozen_parts(run))
-    note(render(table(model, decided)))
-    stored = checkpoint.divide(model, sourced_parts(run))
-    model.to(device)
-    precision = build.precision(run, device)
-    objectives = [objective(loss, tokenizer) for loss in run.losses]
-    task = Task(model, objectives)
-    optimizer = make_optimizer(model, decided, run.train.betas)
-    average = None if run.train.ema is None else Average(model, run.train.ema)
-    start = _resume(out, model, sourced_parts(run), optimizer, average) if resume else 0
-    loader = build.training_loader(run, source, model.vision.transform, tokenizer, model.image_tokens)
-    check = _validation(run, task, tokenizer, precision)
-    batches = _begun(loader.train(start * run.train.accumulate))
+    data = feed(run)
+    tokenizer = load_tokenizer(out / TOKENIZER) if resume else build.tokenizer(run.tokenizer, data.captions())
+    job = Job(run, out, data, tokenizer, resume)
     _prepare(out, run, tokenizer, fresh=not resume)
-
-    def unusable() -> Counter[str]:
-        return source.bad + loader.bad
-
-    def save(step: int) -> None:
-        averaged = None if average is None else average.tensors
-        checkpoint.save(out, step, model, stored, optimizer, averaged, run.train.keep, {"bad": dict(unusable())})
-
-    chance = {
-        o.name: o.chance(run.train.batch_size, run.train.batch_size * run.data.captions_per_image) for o in objectives
-    }
     try:
-        with Log(out, run.train.steps, title, run.train.log_every, chance, start, run.train.report_to, later) as log:
-            fit(task, batches, optimizer, plan(run.train), log, precision, save, check, average, start)
+        job.fit(title, later)
     except Interrupted as stop:
         note(
             f"{title}: stopped and saved at step {stop.step}; go on with: vlm train {out / CONFIG} --out {out} --resume"
         )
         raise KeyboardInterrupt from None
-    if bad := unusable():
+    if bad := data.bad():
         note("unusable samples: " + ", ".join(f"{count} x {reason}" for reason, count in bad.most_common()))
+
+
+class Job:
+    """Everything a run needs in order to train, made and checked before its folder is touched."""
+
+    def __init__(self, run: schema.Run, out: Path, data: Feed, tokenizer: Tokenizer, resume: bool) -> None:
+        """Errors: parts that do not fit, patterns that match nothing, unusable data, a checkpoint of other settings."""
+        self.run, self.out, self.data, self.tokenizer = run, out, data, tokenizer
+        self.device = best_device()
+        self.precision = build.precision(run, self.device)
+        model = build.model(run, tokenizer)
+        for line in initialise(model, run, out):
+            note(line)
+        decided = assign(model, rules(run), frozen_parts(run))
+        note(render(table(model, decided)))
+        self.stored = checkpoint.divide(model, sourced_parts(run))
+        self.task = Task(model.to(self.device), [objective(loss, tokenizer) for loss in run.losses])
+        self.optimizer = make_optimizer(model, decided, run.train.betas)
+        self.average = None if run.train.ema is None else Average(model, run.train.ema)
+        self.health = Health(experts_of(model), bias_rate(run))
+        self.start, self.best = self._resume() if resume else (0, math.inf)
+        train, self.once = data.open(model, tokenizer, out)
+        self.batches = begun(train(self.start * run.train.accumulate))
+
+    def fit(self, title: str, later: float) -> None:
+        """Trains to the end. Errors: see `vlm.train.loop.fit`."""
+        run = self.run
+        texts, batch = self.data.texts, run.train.batch_size
+        chance = {o.name: o.chance(batch, texts) for o in self.task.objectives}
+        log = Log(
+            self.out,
+            run.train.steps,
+            title,
+            run.train.log_every,
+            chance,
+            self.start,
+            run.train.report_to,
+            later,
+            self.health,
+            self._token_seconds(),
+        )
+        with log:
+            fit(
+                self.task,
+                self.batches,
+                self.optimizer,
+                plan(run.train),
+                log,
+                self.precision,
+                self._save,
+                None if self.once is None else self._validate,
+                self.average,
+                self.start,
+                self.health,
+                self.best,
+            )
+
+    def _save(self, step: int, lowest: float, best: bool) -> None:
+        averaged = None if self.average is None else self.average.tensors
+        extra = {"bad": dict(self.data.bad()), "lowest": lowest if math.isfinite(lowest) else None}
+        keep = self.run.train.keep
+        checkpoint.save(self.out, step, self.task.model, self.stored, self.optimizer, averaged, keep, extra, best)
+
+    def _validate(self) -> dict[str, float]:
+        assert self.once is not None
+        return validate(self.task, self.once, self.precision)
+
+    def _resume(self) -> tuple[int, float]:
+        newest, model = checkpoint.latest(self.out), self.task.model
+        step = checkpoint.load_weights(newest, model, sourced_parts(self.run), averaged=False)
+        checkpoint.load_optimizer(newest, model, self.optimizer)
+        if self.average is not None:
+            self.average.load(newest / "average.safetensors")
+        lowest = checkpoint.read_state(newest).get("lowest")
+        note(f"resuming {self.out} at step {step}")
+        return step, math.inf if lowest is None else lowest
+
+    def _token_seconds(self) -> float | None:
+        """What a token takes at the peak of this machine; None with pictures, whose cost is not counted."""
+        language = self.task.model.language
+        if not isinstance(self.run.data, schema.TextData) or language is None:
+            return None
+        return flops_per_token(language, self.run.data.length) / peak_flops(self.device, self.precision)
+
+
+def bias_rate(run: schema.Run) -> float | None:
+    """Step of the experts' selection bias, if that is what balances them."""
+    language = run.model.language
+    return language.ffn.bias_rate if language is not None and isinstance(language.ffn, MoeFfn) else None
 
 
 def check_folder(out: Path, run: schema.Run, resume: bool, overwrite: bool) -> None:
@@ -139,6 +201,7 @@ def plan(train: schema.Train) -> Plan:
         train.seed,
         train.eval_every,
         train.save_every,
+        train.keep_best,
     )
 
 
@@ -150,10 +213,10 @@ def rules(run: schema.Run) -> list[Rule]:
 
 def frozen_parts(run: schema.Run) -> list[str]:
     """Parts frozen by a setting of their own."""
-    return ["vision"] if run.model.vision.frozen else []
+    return ["vision"] if run.model.vision is not None and run.model.vision.frozen else []
 
 
-def validate(task: Task, loader: Loader, precision: torch.dtype) -> dict[str, float]:
+def validate(task: Task, once: Once, precision: torch.dtype) -> dict[str, float]:
     """Mean losses over a data set, each sample once."""
     device = next(task.parameters()).device
     sums: dict[str, float] = {}
@@ -161,7 +224,7 @@ def validate(task: Task, loader: Loader, precision: torch.dtype) -> dict[str, fl
     task.eval()
     torch.manual_seed(0)
     with torch.no_grad(), fast_float32():
-        for batch in loader.once():
+        for batch in once():
             batch = batch.to(device)
             with autocast(device, precision):
                 losses = task(batch)
@@ -172,50 +235,12 @@ def validate(task: Task, loader: Loader, precision: torch.dtype) -> dict[str, fl
     return {f"val/loss_{name}": total / max(1.0, shares[name]) for name, total in sums.items()}
 
 
-def _validation(
-    run: schema.Run, task: Task, tokenizer: Tokenizer, precision: torch.dtype
-) -> Callable[[], dict[str, float]] | None:
-    if run.data.val is None:
-        return None
-    source = build.shards(run.data, run.data.val)
-    model = task.model
-    loader = build.evaluation_loader(run, source, model.vision.transform, tokenizer, model.image_tokens)
-    return lambda: validate(task, loader, precision)
-
-
-def _tokenizer(run: schema.Run, out: Path, resume: bool, captions: Callable[[], Iterable[str]]) -> Tokenizer:
-    if resume:
-        return load_tokenizer(out / TOKENIZER)
-    return build.tokenizer(run.tokenizer, captions())
-
-
-def _resume(
-    out: Path,
-    model: torch.nn.Module,
-    sourced: set[str],
-    optimizer: torch.optim.Optimizer,
-    average: Average | None,
-) -> int:
-    newest = checkpoint.latest(out)
-    step = checkpoint.load_weights(newest, model, sourced, averaged=False)
-    checkpoint.load_optimizer(newest, model, optimizer)
-    if average is not None:
-        average.load(newest / "average.safetensors")
-    note(f"resuming {out} at step {step}")
-    return step
-
-
-def _begun(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches with the first one made: most of what can be wrong with data shows before a run exists."""
-    return chain([next(batches)], batches)
-
-
 def _prepare(out: Path, run: schema.Run, tokenizer: Tokenizer, fresh: bool) -> None:
     if fresh and (out / CONFIG).is_file():  # a folder that holds no run is nobody's to clear
         for old in checkpoint.checkpoints(out):
             shutil.rmtree(old)
         shutil.rmtree(out / BOARD, ignore_errors=True)
-        for name in (METRICS, checkpoint.LATEST):
+        for name in (METRICS, checkpoint.LATEST, checkpoint.BEST):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / TOKENIZER)

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from vlm.data.batch import Batch, Text
 from vlm.loss import contrastive, language, matching
 from vlm.model.vlm import Seen, VisionLanguageModel, need
+from vlm.nn.moe import Routing
 from vlm.nn.tokens import IGNORE
+
+BALANCE = "balance"  # the losses that keep experts equally used
 
 
 class Views:
@@ -25,11 +28,12 @@ class Views:
     def __init__(self, model: VisionLanguageModel, batch: Batch) -> None:
         """`batch` is on the model's device."""
         self.model, self.batch = model, batch
+        self.routings: list[Routing] = []  # of the mixtures of experts that were passed
 
     @cached_property
     def seen(self) -> Seen:
         """The images, looked at once."""
-        return self.model.see(self.batch.images)
+        return self.model.see(self.batch.pixels)
 
     @cached_property
     def logits(self) -> Float[Tensor, "B M"]:
@@ -130,10 +134,12 @@ class Lm:
         """Mean per supervised token."""
         batch = views.batch
         text = self._text(batch)
-        seen = replace(views.seen, memory=None)
-        if len(batch.owner) != len(batch.images):  # else each text belongs to the image of its own row
+        seen = None if batch.images is None else replace(views.seen, memory=None)
+        if seen is not None and len(batch.owner) != batch.size:  # else each text belongs to the image of its own row
             seen = seen.select(batch.owner)
-        hidden, target = language.supervised(views.model.write(seen, text), text.labels)
+        written = views.model.write(seen, text)
+        views.routings += written.routings
+        hidden, target = language.supervised(written.hidden, text.labels)
         return language.language(views.model.logits(hidden), target, self.label_smoothing)
 
     def _text(self, batch: Batch) -> Text:
@@ -152,6 +158,7 @@ class Losses(NamedTuple):
 
     total: Float[Tensor, ""]
     each: dict[str, Tensor]
+    routings: tuple[Routing, ...] = ()  # what each mixture of experts did
 
 
 class Task(nn.Module):
@@ -175,5 +182,8 @@ class Task(nn.Module):
         views = Views(self.model, batch)
         each = {objective.name: objective(views) for objective in self.objectives}
         weights = {o.name: o.weight * (1.0 if shares is None else shares[o.name]) for o in self.objectives}
+        if views.routings:  # only the language model has experts, so they count as its texts do
+            each[BALANCE] = torch.stack([routing.balance for routing in views.routings]).sum()
+            weights[BALANCE] = 1.0 if shares is None else shares[Lm.name]
         total = torch.stack([weights[name] * loss for name, loss in each.items()]).sum()
-        return Losses(total, {name: loss.detach() for name, loss in each.items()})
+        return Losses(total, {name: loss.detach() for name, loss in each.items()}, tuple(views.routings))

@@ -1,0 +1,43 @@
+"""RetNet (Sun et al. 2023, arXiv 2307.08621): a decoder whose mixer is retention."""
+
+from torch import nn
+
+from vlm.model.language import Decoder
+from vlm.nn.block import Block, PreNorm, Stack
+from vlm.nn.ffn import GatedMlp
+from vlm.nn.norm import RMSNorm
+from vlm.nn.retention import Decay, Retention, Schedule
+
+
+def retnet(
+    vocabulary: int,
+    dim: int,
+    layers: int,
+    heads: int,
+    value_dim: int | None = None,
+    hidden: int | None = None,
+    schedule: Schedule = "powers",
+    eps: float = 1e-6,
+    tied: bool = False,
+    dropout: float = 0.0,
+    activation: nn.Module | None = None,
+) -> Decoder:
+    """The published decoder (torchscale, October 2023 and later): RMSNorm, retention, GELU-gated FFN.
+
+    `value_dim`: width of all value heads, 2 dim unless given; `hidden`: width inside the FFN, 2 dim unless given;
+    `activation` of its gate: GELU unless given.
+    """
+
+    def norm() -> nn.Module:
+        return RMSNorm(dim, eps=eps)
+
+    blocks = [
+        Block(
+            Retention(dim, heads, value_dim),
+            GatedMlp(dim, 2 * dim if hidden is None else hidden, nn.GELU() if activation is None else activation),
+            PreNorm(norm(), dropout),
+            PreNorm(norm(), dropout),
+        )
+        for _ in range(layers)
+    ]
+    return Decoder(vocabulary, Stack(blocks, norm(), decay=Decay(heads, dim // heads, schedule)), dim, tied)

@@ -1,0 +1,123 @@
+"""Where a run's batches come from: pictures with captions, or packed text. Both look alike to the loop."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from typing_extensions import assert_never
+
+from vlm import build
+from vlm.config import schema
+from vlm.data.batch import Batch
+from vlm.data.documents import Documents
+from vlm.data.loader import Loader
+from vlm.data.pack import PackedLoader, pack
+from vlm.data.text import Tokenizer
+from vlm.model.vlm import VisionLanguageModel, need
+
+PACKED = "packed"  # ids of the texts, in the run's folder
+
+Once = Callable[[], Iterator[Batch]]
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """The data of a run; nothing is read before it is needed."""
+
+    texts: int  # of a batch
+
+    def captions(self) -> Iterable[str]:
+        """All texts, for a tokenizer to be learned from."""
+        ...
+
+    def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple["Train", Once | None]:
+        """Training batches from a micro-step on, and the validation data once."""
+        ...
+
+    def bad(self) -> Counter[str]:
+        """Unusable samples met so far, by reason."""
+        ...
+
+
+Train = Callable[[int], Iterator[Batch]]
+
+
+def feed(run: schema.Run) -> Feed:
+    """What the settings name as data."""
+    match run.data:
+        case schema.PairData():
+            return PairFeed(run, run.data)
+        case schema.TextData():
+            return TextFeed(run, run.data)
+        case _:
+            assert_never(run.data)
+
+
+class PairFeed:
+    """Shards of pictures with captions."""
+
+    def __init__(self, run: schema.Run, data: schema.PairData) -> None:
+        """Errors: names that lead to no shard."""
+        self._run, self._data = run, data
+        self._shards = build.shards(data, data.train)
+        self._loader: Loader | None = None
+        self.texts = run.train.batch_size * data.captions_per_image
+
+    def captions(self) -> Iterable[str]:
+        """All captions."""
+        return self._shards.captions()
+
+    def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
+        """Augmented batches for training; the validation data as it is."""
+        transform = need(model.vision, "image encoder").transform
+        wanted = transform, tokenizer, model.image_tokens
+        self._loader = build.training_loader(self._run, self._shards, *wanted)
+        once = None
+        if self._data.val is not None:
+            once = build.evaluation_loader(self._run, build.shards(self._data, self._data.val), *wanted).once
+        return self._loader.train, once
+
+    def bad(self) -> Counter[str]:
+        """Of the shards' index and of the loader."""
+        return self._shards.bad + (Counter() if self._loader is None else self._loader.bad)
+
+
+class TextFeed:
+    """Documents, packed once into a file of ids in the run's folder."""
+
+    def __init__(self, run: schema.Run, data: schema.TextData) -> None:
+        """Errors: names that lead to no documents."""
+        self._run, self._data = run, data
+        self._documents = self._source(data.train)
+        self.texts = run.train.batch_size
+
+    def captions(self) -> Iterable[str]:
+        """All documents."""
+        return self._documents
+
+    def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
+        """Blocks of equal length, in a new order each epoch; the validation data in its own order."""
+        train = self._packed(self._documents, tokenizer, folder / f"{PACKED}-train")
+        once = None
+        if self._data.val is not None:
+            val = self._packed(self._source(self._data.val), tokenizer, folder / f"{PACKED}-val")
+            once = lambda: map(Batch.of_text, val.once())  # noqa: E731
+        return lambda start: map(Batch.of_text, train.train(start)), once
+
+    def bad(self) -> Counter[str]:
+        """Of the training documents."""
+        return self._documents.bad
+
+    def _source(self, spec: str | list[str]) -> Documents:
+        return Documents(spec, self._data.field, self._data.max_bad_fraction)
+
+    def _packed(self, documents: Documents, tokenizer: Tokenizer, path: Path) -> PackedLoader:
+        ids = pack(documents, tokenizer, path)
+        return PackedLoader(ids, self._data.length, self._run.train.batch_size, self._run.train.seed)
+
+
+def begun(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches with the first one made: most of what can be wrong with data shows before a run exists."""
+    return chain([next(batches)], batches)

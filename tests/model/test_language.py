@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.model.test_placement import on_fake_cuda
 from tests.parity.noise import noise
 from vlm.model.language import Decoder, Language, LearnedPositions, decoder, llama, mixtral, opt
+from vlm.model.retnet import retnet
 from vlm.nn.attention import Attention
 from vlm.nn.block import PostNorm
 from vlm.nn.ffn import GatedMlp, Mlp
@@ -30,6 +31,7 @@ SMALL: dict[str, Callable[[], Decoder]] = {
     "mistral": lambda: llama(V, D, 2, H, 2, window=3),
     "mixtral": lambda: mixtral(V, D, 2, H, 2, 16, experts=4),
     "opt": lambda: opt(V, D, 2, H, max_positions=20),
+    "retnet": lambda: retnet(V, D, 2, H),
 }
 
 
@@ -228,12 +230,14 @@ def test_a_state_of_another_depth_is_refused() -> None:
 COMPILED = """
 import torch
 from vlm.model.language import llama, mixtral, opt
+from vlm.model.retnet import retnet
 from vlm.nn.tokens import Tokens
 from vlm.nn.rotary import Llama3Scaling
 makers = {
     "llama": lambda: llama(30, 24, 2, 4, 2, head_dim=10, head_norm=True, bias=True, scaling=Llama3Scaling()),
     "opt": lambda: opt(30, 24, 2, 4, max_positions=20),
     "mixtral": lambda: mixtral(30, 24, 2, 4, 2, 16, experts=4, window=3),
+    "retnet": lambda: retnet(30, 24, 2, 4),
 }
 for name, make in makers.items():
     torch.manual_seed(0)
@@ -260,4 +264,4 @@ for name, make in makers.items():
 def test_compiles_as_one_graph_in_both_directions() -> None:
     """In a process of its own: the checks of shapes that the tests switch on cannot be compiled."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["llama", "opt", "mixtral"], done.stderr[-2000:]
+    assert done.stdout.split() == ["llama", "opt", "mixtral", "retnet"], done.stderr[-2000:]

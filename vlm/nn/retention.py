@@ -166,8 +166,7 @@ class Retention(nn.Module):
         y, after = form(query, key, value, context.fading, total)
         gate = nn.functional.silu(call(self.gate, x, tokens))
         y = self.norm(y).flatten(2).to(gate.dtype) * gate
-        short = x.shape[1] <= UNDO and not torch.is_grad_enabled()
-        recent = _Recent(key, value, context.fading) if short else None
+        recent = _Recent(key, value, context.fading) if x.shape[1] <= UNDO else None
         return call(self.out, y, tokens), RetentionState(after, recent)
 
     def _total(self, past: LayerState | None) -> Tensor | None:

@@ -51,7 +51,8 @@ def test_arguments_arrive(vlm: Any) -> None:
         0,
         [((Path("x.yaml"), ["a.b=1", "c=-2"]), {"out": Path("there"), "resume": True, "overwrite": True})],
     )
-    assert vlm("quickstart") == (0, [((Path("runs/quickstart"),), {"overwrite": False})])
+    given = vlm("quickstart", "train.seed=1")
+    assert given == (0, [((Path("runs/quickstart"),), {"overwrite": False, "overrides": ("train.seed=1",)})])
     sampling = {"max_new": 9, "min_new": 0, "temperature": 0.5, "top_k": None, "top_p": None}
     sampling |= {"repetition_penalty": 1.0, "seed": 0}
     drawn = vlm("caption", "run", "a.png", "-", "--json", "--max-new", "9", "--temperature", "0.5")

@@ -25,7 +25,10 @@ class Images(HTMLParser):
 @pytest.mark.slow
 def test_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    quickstart(out, overrides=SHORT)
+    experts = ["model.language.mixer.kind=retention", "model.language.ffn.kind=moe"]
+    quickstart(out, overrides=[*SHORT, *experts])
+    held = (out / "3-caption" / "config.yaml").read_text(encoding="utf-8")
+    assert "kind: retention" in held and "kind: moe" in held
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     for method in ("itc", "itm", "clip"):
         for way in ("t2i", "i2t"):

@@ -29,16 +29,18 @@ def app() -> None:
 
 
 @app.command()
+@overrides_argument
 @click.option("--out", type=folder, default="runs/quickstart", show_default=True, help="The run folder.")
 @overwrite_option
-def quickstart(out: Path, overwrite: bool) -> None:
+def quickstart(overrides: tuple[str, ...], out: Path, overwrite: bool) -> None:
     """Train, evaluate and caption in minutes.
 
-    Uses the pictures that come with the package; writes metrics.json and an HTML report.
+    Uses the pictures that come with the package; writes metrics.json and an HTML report. KEY=VALUE changes a setting of
+    all stages, such as train.seed=1; model.language.mixer.kind=retention that of the one with a decoder.
     """
     from vlm.quickstart.run import quickstart as run
 
-    run(out, overwrite=overwrite)
+    run(out, overwrite=overwrite, overrides=overrides)
 
 
 @app.command()

@@ -12,7 +12,10 @@ from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.data.text import Tokenizer, load_tokenizer
+from vlm.model.language import Decoder
 from vlm.model.vlm import VisionLanguageModel
+from vlm.nn.ffn import GatedMlp
+from vlm.nn.moe import MixtureOfExperts, upcycle
 
 TOKENIZER = "tokenizer.json"
 
@@ -51,8 +54,28 @@ def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> lis
         module, given = getattr(model, part), getattr(other.model, part)
         if module is None or given is None:
             raise ValueError(f"model.init.{part}: {'this model' if module is None else path} has no such part")
-        lines.append(_take(module, given.state_dict(), part, path))
+        weights, line = given.state_dict(), ""
+        if isinstance(module, Decoder) and isinstance(given, Decoder):
+            weights, line = _upcycled(module, given)
+        lines.append(_take(module, weights, part, path) + line)
     return lines
+
+
+def _upcycled(module: Decoder, given: Decoder) -> tuple[dict[str, Tensor], str]:
+    """Weights of `given` for `module`: where a dense network meets experts, they start as its copies or slices."""
+    weights, count = given.state_dict(), 0
+    for i, (own, old) in enumerate(zip(module.stack.blocks, given.stack.blocks, strict=False)):
+        if not isinstance(own.ffn, MixtureOfExperts) or not isinstance(old.ffn, GatedMlp):
+            continue
+        width, hidden = old.ffn.gate.weight.shape[0], own.ffn.down.shape[2]
+        if width % hidden:
+            raise ValueError(f"model.language.ffn.hidden: {hidden} does not divide {width}, which is to be upcycled")
+        made = upcycle(old.ffn, own.ffn.router, width // hidden, own.ffn.shared)
+        prefix = f"stack.blocks.{i}.ffn."
+        weights = {name: value for name, value in weights.items() if not name.startswith(prefix)}
+        weights |= {prefix + name: value for name, value in made.state_dict().items()}
+        count += 1
+    return weights, f", {count} dense networks upcycled to experts" if count else ""
 
 
 def _find(source: str, folder: Path) -> Path | None:

@@ -16,7 +16,8 @@ from vlm.config.load import ConfigError, load
 from vlm.config.schema import Run
 from vlm.data.text import train_bpe
 from vlm.model.vlm import need
-from vlm.restore import restore
+from vlm.nn.tokens import Tokens
+from vlm.restore import initialise, restore
 from vlm.train.run import train_run
 from vlm.train.speed import flops_per_token, peak_flops
 
@@ -106,6 +107,26 @@ def test_a_pretrained_language_model_is_taken_up(tmp_path: Path) -> None:
     train_run(again, tmp_path / "more")
     after = next(r["val/loss_lm"] for r in records(tmp_path / "more") if "val/loss_lm" in r)
     assert after < next(r["train/loss_lm"] for r in records(tmp_path / "run") if "train/loss_lm" in r)
+
+
+def test_a_dense_model_is_upcycled_to_experts(tmp_path: Path) -> None:
+    """Whole copies under weights that sum to 1 are the dense model itself, before anything is learned."""
+    dense = config(tmp_path)
+    train_run(dense, tmp_path / "dense")
+    names = [f"model.init.language={tmp_path / 'dense'}", "model.language.ffn.kind=moe"]
+    before = restore(tmp_path / "dense")
+    run = config(tmp_path, *names, "model.language.ffn.hidden=64")
+    model = build.model(run, before.tokenizer)
+    assert initialise(model, run, tmp_path)[0].endswith("2 dense networks upcycled to experts")
+    ids = torch.randint(0, 300, (2, 9))
+    logits = [
+        m.logits(m(Tokens.of(m.embed(ids))).hidden)
+        for m in (need(part, "language model") for part in (before.model.language, model.language))
+    ]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"ffn\.hidden: 24 does not divide 64, which is to be upcycled"):
+        odd = config(tmp_path, *names, "model.language.ffn.hidden=24")
+        initialise(build.model(odd, before.tokenizer), odd, tmp_path)
 
 
 def test_settings_that_text_has_no_use_for(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ SHOWN = 24  # pictures on the page, evenly spaced over the 503, right or wrong
 def quickstart(out: Path, overwrite: bool = False, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Trains, evaluates, captions and reports into `out`; returns what metrics.json holds.
 
+    `overrides` change all stages; those of `model.language` only the one that has it.
     Errors: `out` holds an earlier quickstart and `overwrite` is not set.
     """
     _clear(out, overwrite)
@@ -85,7 +86,8 @@ def _settings(name: str, out: Path, overrides: Sequence[str]) -> schema.Run:
         "2-qformer": [vocabulary, f"model.init.vision={clip}"],
         "3-caption": [vocabulary, f"model.init.vision={clip}", f"model.init.connector={qformer}"],
     }
-    return load(schema.Run, HERE / f"{name}.yaml", [f"data.train={TRAIN}", *earlier[name], *overrides])
+    meant = [text for text in overrides if name == "3-caption" or not text.startswith("model.language")]
+    return load(schema.Run, HERE / f"{name}.yaml", [f"data.train={TRAIN}", *earlier[name], *meant])
 
 
 def _evaluate(out: Path) -> dict[str, Any]:

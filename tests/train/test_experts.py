@@ -21,7 +21,7 @@ def mixture() -> MixtureOfExperts:
 
 
 def routing(*load: float) -> Routing:
-    return Routing(torch.zeros(()), torch.tensor(load), torch.tensor(0.5))
+    return Routing(torch.zeros(()), torch.tensor(load), torch.tensor(0.5), torch.tensor(float(load[0] == 8)))
 
 
 def test_one_step_of_the_bias_for_all_passes_of_a_step() -> None:
@@ -39,13 +39,14 @@ def test_report_and_warning() -> None:
     assert isinstance(report, Report)
     values = report.values()
     assert values["experts/load/0"] == [1.0] * 4 and values["experts/load/1"] == [2.0, 2.0, 0.0, 0.0]
+    assert values["experts/dropped"] == 1.0
     assert (values["experts/unused"], values["experts/load_max"], values["experts/entropy"]) == (2.0, 2.0, 0.5)
     assert "2 of 4 in mixture 1" in report.warning() and "mixture 0" not in report.warning()
     assert health.report() is None, "told once"
 
 
 def test_no_warning_while_most_are_used() -> None:
-    assert Report(torch.tensor([[3.0, 0.5, 0.5, 0.0]]), torch.zeros(1)).warning() == ""
+    assert Report(torch.tensor([[3.0, 0.5, 0.5, 0.0]]), torch.zeros(1), 0.0).warning() == ""
 
 
 def test_training_moves_the_bias_and_tells_the_loss(tmp_path: Path) -> None:

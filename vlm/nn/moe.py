@@ -200,11 +200,12 @@ class Balance:
 
 
 class Routing(NamedTuple):
-    """What a pass did; `load` counts what was computed, so asked minus computed choices is valid * top_k - its sum."""
+    """What a pass did."""
 
     balance: Float[Tensor, ""]  # the balance losses' sum, to be added to the loss
     load: Float[Tensor, "E"]  # how many (token, choice) pairs each expert computed; no gradient
     entropy: Float[Tensor, ""]  # of the router's probabilities, mean over valid tokens, nats; no gradient
+    dropped: Float[Tensor, ""]  # choices of valid tokens less what was computed: 0, since nothing has a capacity
 
 
 class MixtureOfExperts(nn.Module):
@@ -259,7 +260,9 @@ class MixtureOfExperts(nn.Module):
             counted = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
             expert, share = (part.unflatten(0, counted.shape) for part in (choice.expert, choice.share))
             balance = torch.stack([loss(expert, share, counted) for loss in self.balance]).sum()
-        return Routing(balance, plan.load(), entropy)
+        load = plan.load()
+        asked = self.router.top_k * (load.new_tensor(len(choice.expert)) if valid is None else valid.sum())
+        return Routing(balance, load, entropy, asked - load.sum())
 
 
 class GatedShared(nn.Module):

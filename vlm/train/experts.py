@@ -22,7 +22,7 @@ class Health:
     def __init__(self, mixtures: Sequence[MixtureOfExperts], bias_rate: float | None = None) -> None:
         """`bias_rate`: step of the selection bias (loss-free balancing); None where losses balance."""
         self.mixtures, self.bias_rate = list(mixtures), bias_rate
-        self._loads = self._entropy = torch.zeros(())
+        self._loads = self._entropy = self._dropped = torch.zeros(())
         self._passes = 0
 
     def step(self, passes: Sequence[Sequence[Routing]]) -> None:
@@ -37,6 +37,7 @@ class Health:
                 update_bias(mixture.router, load, self.bias_rate)
         entropies = [torch.stack([routing.entropy for routing in routings]) for routings in passes]
         self._loads, self._entropy = self._loads + loads, self._entropy + torch.stack(entropies).sum(0)
+        self._dropped = self._dropped + torch.stack([r.dropped for routings in passes for r in routings]).sum()
         self._passes += len(passes)
 
     def report(self) -> "Report | None":
@@ -44,16 +45,17 @@ class Health:
         if not self._passes:
             return None
         loads, entropy = self._loads.double().cpu(), (self._entropy / self._passes).double().cpu()
-        self._loads = self._entropy = torch.zeros(())
+        dropped = float(self._dropped)
+        self._loads = self._entropy = self._dropped = torch.zeros(())
         self._passes = 0
-        return Report(loads / loads.sum(1, keepdim=True).clamp_min(1) * loads.shape[1], entropy)
+        return Report(loads / loads.sum(1, keepdim=True).clamp_min(1) * loads.shape[1], entropy, dropped)
 
 
 class Report:
     """Loads relative to a fair share (1: fair), layer by layer, and the routers' entropies."""
 
-    def __init__(self, load: Float[Tensor, "L E"], entropy: Float[Tensor, "L"]) -> None:
-        self.load, self.entropy = load, entropy
+    def __init__(self, load: Float[Tensor, "L E"], entropy: Float[Tensor, "L"], dropped: float) -> None:
+        self.load, self.entropy, self.dropped = load, entropy, dropped
 
     def values(self) -> Mapping[str, float | list[float]]:
         """For the log: extremes over all layers, then every layer's loads."""
@@ -62,6 +64,7 @@ class Report:
             "experts/load_min": float(self.load.min()),
             "experts/unused": float((self.load < STARVED).sum()),
             "experts/entropy": float(self.entropy.mean()),
+            "experts/dropped": self.dropped,
         }
         return found | {f"experts/load/{i}": row.tolist() for i, row in enumerate(self.load)}
 

@@ -33,14 +33,13 @@ def row(name: str, file: str, text: Path, folder: Path) -> str:
     train_run(run, folder / file, overwrite=True, title=name)
     records = read_metrics(folder / file)
     losses = {int(record["step"]): record["val/loss_lm"] for record in records if "val/loss_lm" in record}
-    speeds = sorted(record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record)
     model = restore(folder / file).model.language
     assert isinstance(model, Decoder)
     stored = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     cost = flops_per_token(model, run.data.length) / 6e6  # type: ignore[union-attr]
     tokens = run.train.steps * run.train.batch_size * run.data.length  # type: ignore[union-attr]
     curve = " | ".join(f"{value:.3f}" for _, value in sorted(losses.items()))
-    return f"| {name} | {stored:.2f} | {cost:.2f} | {tokens:,} | {curve} | {speeds[len(speeds) // 2]:.0f} |"
+    return f"| {name} | {stored:.2f} | {cost:.2f} | {tokens:,} | {curve} |"
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
     ).stdout
     rows = [row(name, file, text, folder) for name, file in CONFIGS.items()]
     every = load(Run, ROOT / "configs" / "tiny" / "lm_pretrain.yaml").train.eval_every or 1
-    count = rows[0].count("|") - 6
+    count = rows[0].count("|") - 5
     steps = " | ".join(f"step {every * (i + 1)}" for i in range(count))
     lines = [
         "# Three language backbones on the same text",
@@ -63,8 +62,8 @@ def main() -> None:
         "",
         *(f"- {line}" for line in said.splitlines()),
         "",
-        f"| backbone | parameters, M | per token, M (FLOPs / 6) | tokens | {steps} | tokens/s |",
-        "|---" * (5 + count) + "|",
+        f"| backbone | parameters, M | per token, M (FLOPs / 6) | tokens | {steps} |",
+        "|---" * (4 + count) + "|",
         *rows,
     ]
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -400,12 +400,3 @@ def test_mixtures_refuse_in_words() -> None:
         MixtureOfExperts(7, H, softmax_router(D, 4, 2))
     with pytest.raises(ValueError, match="groups=3 of a balance loss"):
         MixtureOfExperts(D, H, softmax_router(D, 4, 2), balance=[Balance(0.1, groups=3)])
-
-
-def test_what_is_dropped_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is; were something left out of the plan, the count would tell."""
-    moe = MixtureOfExperts(4, 2, softmax_router(4, 4, 2))
-    x, valid = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, True, True]])
-    assert float(moe(x, valid)[1].dropped) == 0
-    monkeypatch.setattr("vlm.nn.experts.Plan.load", lambda plan: torch.tensor([3.0, 2.0, 1.0, 1.0]))
-    assert float(moe(x, valid)[1].dropped) == 3

@@ -91,3 +91,12 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     ]
     biases = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
     assert biases == [[0.0, 0.5, 0.5, -0.5]] * 2
+
+
+def test_what_is_dropped_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is; were something left out of the plan, the count would tell."""
+    moe = MixtureOfExperts(4, 2, softmax_router(4, 4, 2))
+    x, valid = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, True, True]])
+    assert float(moe(x, valid)[1].dropped) == 0
+    monkeypatch.setattr("vlm.nn.experts.Plan.load", lambda plan: torch.tensor([3.0, 2.0, 1.0, 1.0]))
+    assert float(moe(x, valid)[1].dropped) == 3

@@ -2,8 +2,7 @@
 
 from torch import nn
 
-from vlm.model.language import Decoder
-from vlm.nn.block import Block, PreNorm, Stack
+from vlm.model.language import Decoder, decoder
 from vlm.nn.ffn import GatedMlp
 from vlm.nn.norm import RMSNorm
 from vlm.nn.retention import Decay, Retention, Schedule
@@ -28,16 +27,17 @@ def retnet(
     `activation` of its gate: GELU unless given.
     """
 
-    def norm() -> nn.Module:
-        return RMSNorm(dim, eps=eps)
+    def ffn(_: int) -> nn.Module:
+        return GatedMlp(dim, 2 * dim if hidden is None else hidden, nn.GELU() if activation is None else activation)
 
-    blocks = [
-        Block(
-            Retention(dim, heads, value_dim),
-            GatedMlp(dim, 2 * dim if hidden is None else hidden, nn.GELU() if activation is None else activation),
-            PreNorm(norm(), dropout),
-            PreNorm(norm(), dropout),
-        )
-        for _ in range(layers)
-    ]
-    return Decoder(vocabulary, Stack(blocks, norm(), decay=Decay(heads, dim // heads, schedule)), dim, tied)
+    return decoder(
+        vocabulary,
+        dim,
+        layers,
+        mixer=lambda _: Retention(dim, heads, value_dim),
+        ffn=ffn,
+        norm=lambda: RMSNorm(dim, eps=eps),
+        decay=Decay(heads, dim // heads, schedule),
+        tied=tied,
+        dropout=dropout,
+    )

@@ -108,7 +108,7 @@ class Block(nn.Module):
             x = self.cross(x, tokens, image)
         entered, routing = self.ffn_residual.enter(x, tokens), None
         if isinstance(self.ffn, MixtureOfExperts):
-            branch, routing = self.ffn(entered, tokens.valid)
+            branch, routing = self.ffn(entered, None if tokens.full else tokens.valid)
         else:
             branch = call(self.ffn, entered, tokens)
         return self.ffn_residual.leave(x, branch, tokens), present, routing

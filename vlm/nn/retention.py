@@ -17,12 +17,11 @@ from vlm.nn.context import Context
 from vlm.nn.norm import RMSNorm
 from vlm.nn.retain import Chunkwise, Fading, Retained, precise, recurrent
 from vlm.nn.route import call
-from vlm.nn.state import LayerState
+from vlm.nn.state import UNDO, LayerState
 from vlm.nn.tokens import Tokens
 
 Form = Callable[[Tensor, Tensor, Tensor, Fading, Tensor | None], Retained]
 Schedule = Literal["powers", "geometric"]
-UNDO = 16  # a call of at most so many tokens can be taken back
 
 
 def decays(heads: int, schedule: Schedule = "powers") -> Float[Tensor, "H"]:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+UNDO = 16  # so many of the last tokens can be taken back where not all are kept
+
 
 @runtime_checkable
 class LayerState(Protocol):

@@ -11,10 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.nn.context import Context
-from vlm.nn.state import KeyValue, LayerState
+from vlm.nn.state import UNDO, KeyValue, LayerState
 from vlm.nn.tokens import Tokens, Visibility
 
-UNDO = 16  # so many tokens can always be taken back
 M = TypeVar("M", bound="KeyValue | Recent")
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,7 +11,7 @@ from typing_extensions import assert_never
 
 from vlm import build
 from vlm.config import schema
-from vlm.data.batch import Batch
+from vlm.data.batch import Batch, Text
 from vlm.data.documents import Documents
 from vlm.data.loader import Loader
 from vlm.data.pack import PackedLoader, pack
@@ -103,8 +104,8 @@ class TextFeed:
         once = None
         if self._data.val is not None:
             val = self._packed(self._source(self._data.val), tokenizer, folder / f"{PACKED}-val")
-            once = lambda: map(Batch.of_text, val.once())  # noqa: E731
-        return lambda start: map(Batch.of_text, train.train(start)), once
+            once = partial(_as_batches, val.once)
+        return partial(_as_batches, train.train), once
 
     def bad(self) -> Counter[str]:
         """Of the training documents."""
@@ -116,6 +117,10 @@ class TextFeed:
     def _packed(self, documents: Documents, tokenizer: Tokenizer, path: Path) -> PackedLoader:
         ids = pack(documents, tokenizer, path)
         return PackedLoader(ids, self._data.length, self._run.train.batch_size, self._run.train.seed)
+
+
+def _as_batches(texts: Callable[..., Iterator[Text]], *start: int) -> Iterator[Batch]:
+    return map(Batch.of_text, texts(*start))
 
 
 def begun(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlm.nn import backend
-from vlm.nn.backend import EXACT, best_device, bfloat16_is_fast, fast_float32
+from vlm.nn.backend import EXACT, best_device, bfloat16_is_fast, default_for_few, fast_float32
 
 MATMUL = torch.backends.mkldnn.matmul
 
@@ -63,13 +63,10 @@ def test_questions_about_devices_have_answers() -> None:
     assert best_device().type in ("cpu", "cuda")
 
 
-def test_the_layout_for_decoding_keeps_shapes_and_values() -> None:
-    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 12), torch.nn.Linear(12, 4))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    ids = torch.tensor([[3, 8, 0]])
-    expected = model(ids)
-    backend.lay_out_for_decoding(model)
-    assert [part.weight.is_contiguous() for part in model] == [False, False, True]  # type: ignore[union-attr, operator]
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-    torch.testing.assert_close(model(ids), expected)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_few_rows_are_taken_back_from_onednn(exact: bool, rows: int) -> None:
+    with fast_float32():
+        outside = MATMUL.fp32_precision
+        with default_for_few(rows):
+            assert MATMUL.fp32_precision == ("ieee" if exact and rows < 3 else outside)
+        assert MATMUL.fp32_precision == outside

@@ -209,6 +209,31 @@ def test_reorder() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_disposable_state_is_written_over_and_no_other() -> None:
+    model = stack()
+    x = torch.randn(2, 9, D, dtype=torch.float64)
+
+    def step(n: int, state: State) -> State:
+        return model(Tokens.of(x[:, n : n + 1], position=state.position[:, None]), None, state).state
+
+    def totals(state: State) -> list[Tensor]:
+        return [layer.total for layer in state.layers]  # type: ignore[attr-defined]
+
+    with torch.no_grad():
+        first = model(Tokens.of(x[:, :6])).state
+        kept = [total.clone() for total in totals(first)]
+        second = step(6, first)
+        assert all(map(torch.equal, totals(first), kept))
+        storage = [total.data_ptr() for total in totals(second)]
+        third = step(8, step(7, second.disposable()))
+        assert [total.data_ptr() for total in totals(third)] == storage
+        torch.testing.assert_close(totals(third), totals(model(Tokens.of(x)).state))
+    # Where gradients are recorded the memory before is still needed.
+    before = [total.clone() for total in totals(third)]
+    step(8, third)
+    assert all(map(torch.equal, totals(third), before))
+
+
 @pytest.mark.parametrize("drop", [0, 1, 3, 4])
 def test_crop_takes_back_what_was_tried(drop: int) -> None:
     model = stack()

@@ -17,7 +17,8 @@ from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
 from vlm.model.generate import Decoding, Sampling
 from vlm.model.vlm import need
-from vlm.nn.backend import best_device, fast_float32, lay_out_for_decoding
+from vlm.nn.backend import best_device, fast_float32
+from vlm.nn.layout import lay_out_for_decoding
 from vlm.restore import Trained, restore
 
 BATCH = 32  # pictures captioned together

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlm.model.generate import Step, Stop, end_tokens, penalise, refuse, said, until_end, wrong_lengths
+from vlm.model.generate import Step, Stop, advance, end_tokens, penalise, refuse, said, until_end, wrong_lengths
 from vlm.nn.state import State
 
 
@@ -135,7 +135,7 @@ def search(
         # On a GPU the question whether the order changed would cost more than the copy.
         if index.device.type != "cpu" or not torch.equal(index, torch.arange(len(logits))):
             state = state.reorder(index) if made == 1 else state.move(index, made - 1)
-        logits, state = step(running.ids[:, :, -1].reshape(-1, 1), state)
+        logits, state = advance(step, running.ids[:, :, -1].reshape(-1, 1), state, own=made > 1)
     return _hypotheses(finished, eos, beams.returned)
 
 

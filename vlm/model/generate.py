@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlm.nn.backend import default_for_few
 from vlm.nn.state import State
 
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
@@ -134,7 +135,7 @@ def stream(
         # Not a decorator: gradients are off here, but not in the caller's code between two tokens.
         with torch.no_grad():
             if made:
-                logits, state = step(chosen[:, None], state)
+                logits, state = advance(step, chosen[:, None], state, own=made > 1)
             chosen = choose(logits.float(), used, sampling, ends if made < sampling.min_new else None, generator)
             chosen = torch.where(running, chosen, ends[0])
             running = running & (chosen[:, None] != ends).all(1)
@@ -145,6 +146,12 @@ def stream(
         yield chosen
         if not bool(running.any()):
             return
+
+
+def advance(step: Step, ids: Int[Tensor, "B 1"], state: State, own: bool) -> tuple[Float[Tensor, "B V"], State]:
+    """One step of a loop that keeps the newest state alone; `own`: made by that loop, so that it may be overwritten."""
+    with default_for_few(len(ids)):
+        return step(ids, state.disposable() if own else state)
 
 
 def _ask(stop: Stop, rows: list[list[int]], chosen: Tensor, running: Tensor) -> Tensor:

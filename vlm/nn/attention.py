@@ -6,15 +6,16 @@ Letters: B batch, S sequence, D width, H heads, G key/value heads, K head width,
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlm.nn.context import Context
+from vlm.nn.layout import project
 from vlm.nn.rotary import rotate
 from vlm.nn.route import call
 from vlm.nn.state import LayerState
-from vlm.nn.tokens import Tokens
 from vlm.nn.window import Everything, Window
 
 
@@ -67,9 +68,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "B S D"], LayerState]:
         """Output, and what is to be remembered of everything seen so far."""
         tokens = context.tokens
-        query = self._heads(self.query, self.query_norm, x, tokens)
-        key = self._heads(self.key, self.key_norm, x, tokens)
-        value = split_heads(call(self.value, x, tokens), self.kv_heads)
+        query, key, value = project(self.readers(), x, tokens)
+        query = self._heads(query, self.query_norm, x.dtype)
+        key = self._heads(key, self.key_norm, x.dtype)
+        value = split_heads(value, self.kv_heads)
         if context.angles is not None:
             query, key = rotate(query, context.angles), rotate(key, context.angles)
         state, key, value, (mask, is_causal) = self.memory(past, key, value, context)
@@ -78,11 +80,14 @@ class Attention(nn.Module):
         )
         return call(self.out, merge_heads(y), tokens), state
 
-    def _heads(self, linear: nn.Module, norm: nn.Module | None, x: Tensor, tokens: Tokens) -> Tensor:
-        rows = call(linear, x, tokens)
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The layers that read the same input (`layout.Readers`)."""
+        return self.query, self.key, self.value
+
+    def _heads(self, rows: Tensor, norm: nn.Module | None, dtype: torch.dtype) -> Tensor:
         heads = rows.view(*rows.shape[:2], -1, self.head_dim)
-        if norm is not None:  # in the type of its gain, which autocast leaves alone as it does x
-            heads = norm(heads.to(x.dtype)).to(rows.dtype)
+        if norm is not None:  # in the type of its gain, which autocast leaves alone as it does the input's
+            heads = norm(heads.to(dtype)).to(rows.dtype)
         return heads.transpose(1, 2)
 
 

@@ -30,7 +30,7 @@ class PreNorm(nn.Module):
     def __init__(self, norm: nn.Module, dropout: float = 0.0) -> None:
         """`norm` may be `PerRoute`; `dropout` acts on the branch."""
         super().__init__()
-        self.norm, self.dropout = norm, nn.Dropout(dropout)
+        self.norm, self.dropout = norm, nn.Dropout(dropout) if dropout else nn.Identity()
 
     def enter(self, x: Tensor, tokens: Tokens) -> Tensor:
         """What the branch receives."""

@@ -3,6 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vlm.nn.layout import project
+
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP weights."""
@@ -41,5 +43,10 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Applied to each token on its own."""
-        out: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = project(self.readers(), x)
+        out: Tensor = self.down(self.activation(gate) * up)
         return out
+
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The layers that read the same input (`layout.Readers`)."""
+        return self.gate, self.up

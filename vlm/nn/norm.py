@@ -24,7 +24,7 @@ class RMSNorm(nn.RMSNorm):
 def _row_scale(x: Tensor, eps: float) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 def _scaled(x: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:

@@ -64,9 +64,9 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 def rotated(x: Float[Tensor, "B S H K"], turn: Complex[Tensor, "B S L"]) -> Float[Tensor, "B S H K"]:
     """Turns neighbouring pairs, in the dtype of the turn's parts."""
-    pairs = x.to(turn.real.dtype).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.to(precise(x.dtype)).reshape(*x.shape[:-1], -1, 2)
     if not torch.compiler.is_compiling():  # one pass over memory; compilers fuse the real form instead
-        return torch.view_as_real(torch.view_as_complex(pairs) * turn[:, :, None]).flatten(-2)
+        return torch.view_as_real(torch.view_as_complex(pairs) * turn.unsqueeze(2)).flatten(-2)
     cos, sin = turn.real[:, :, None], turn.imag[:, :, None]
     first, second = pairs.unbind(-1)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
@@ -100,24 +100,28 @@ def recurrent(
     value: Float[Tensor, "B S H V"],
     fading: Fading,
     past: Float[Tensor, "B H K W"] | None = None,
+    overwrite: bool = False,
 ) -> Retained:
-    """Token after token at constant cost and memory (equation 6): decoding."""
+    """Token after token at constant cost and memory (equation 6): decoding. `overwrite`: the result may take past's."""
     total = empty(query, value) if past is None else past
+    overwrite = (overwrite or past is None) and not torch.is_grad_enabled()
     q, k, v = _prepared(query, key, value, fading)
-    steps = zip(q.unbind(1), k.unbind(1), v.unbind(1), fading.fade.unbind(2), fading.scale.unbind(2), strict=True)
+    length, heads, width = q.shape[1:]
+    k, v, fade = k[..., None], v[..., None, :], fading.fade[..., None, None]
     rows = []
-    for q_n, k_n, v_n, fade, scale in steps:
-        total = (total * fade[..., None, None]).addcmul_(k_n[..., None], v_n[..., None, :])
-        full = torch.bmm(q_n.flatten(0, 1)[:, None], total.flatten(0, 1)).view(*q_n.shape[:2], -1)
-        rows.append(_divided(full, scale))
-    out = rows[0][:, None] if len(rows) == 1 else torch.stack(rows, 1)
-    return Retained(out.to(query.dtype), total)
+    for q_n, k_n, v_n, fade_n in zip(q.unbind(1), k.unbind(1), v.unbind(1), fade.unbind(2), strict=True):
+        total = (total.mul_(fade_n) if overwrite else total * fade_n).addcmul_(k_n, v_n)
+        overwrite = not torch.is_grad_enabled()
+        rows.append(torch.bmm(q_n.reshape(-1, 1, width), total.flatten(0, 1)))
+    full = (rows[0] if length == 1 else torch.cat(rows, 1)).view(-1, heads, length, v.shape[-1])
+    return Retained(_divided(full, fading.scale).transpose(1, 2).to(query.dtype), total)
 
 
 def _prepared(query: Tensor, key: Tensor, value: Tensor, fading: Fading) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries, rotated and scaled keys (0 on padding), values with the column of ones."""
     k = rotated(key, fading.turn_key)
-    return rotated(query, fading.turn), k, pad(value.to(k.dtype), (0, 1), value=1.0)
+    v = value.to(k.dtype)
+    return rotated(query, fading.turn), k, torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
 
 
 def _divided(full: Tensor, scale: Tensor) -> Tensor:

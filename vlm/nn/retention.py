@@ -5,7 +5,7 @@ Letters: B batch, S sequence, D width, H heads, K key head width, V value head w
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlm.nn.attention import head_width
 from vlm.nn.context import Context
+from vlm.nn.layout import project
 from vlm.nn.norm import RMSNorm
 from vlm.nn.retain import Chunkwise, Fading, Retained, precise, recurrent
 from vlm.nn.route import call
@@ -93,10 +94,15 @@ class RetentionState:
 
     total: Float[Tensor, "B H K W"]
     recent: _Recent | None = None
+    overwrite: bool = False  # the next call may write over `total`
+
+    def disposable(self) -> "RetentionState":
+        """The same, whose storage the next call may take, and all after it."""
+        return replace(self, overwrite=True)
 
     def reorder(self, index: Int[Tensor, "R"]) -> "RetentionState":
         """Rows picked by index, with repeats; what could be taken back before cannot be after."""
-        return RetentionState(self.total[index])
+        return RetentionState(self.total[index], overwrite=self.overwrite)
 
     def crop(self, drop: int) -> "RetentionState":
         """Without the last `drop` tokens, up to rounding. Errors: more than the last call gave, or than `UNDO`."""
@@ -155,27 +161,33 @@ class Retention(nn.Module):
         self, x: Float[Tensor, "B S D"], context: Context, past: LayerState | None = None
     ) -> tuple[Float[Tensor, "B S D"], RetentionState]:
         """Output, and the memory after these tokens."""
-        total = self._total(past)
+        before = self._own(past)
+        total, overwrite = (None, False) if before is None else (before.total, before.overwrite)
         assert context.fading is not None, "the stack of a retention mixer needs a Decay"
         tokens = context.tokens
-        query, key, value = (
-            call(part, x, tokens).view(*x.shape[:2], self.heads, -1) for part in (self.query, self.key, self.value)
-        )
-        form = recurrent if x.shape[1] == 1 else self.form
-        y, after = form(query, key, value, context.fading, total)
-        gate = nn.functional.silu(call(self.gate, x, tokens))
+        *parts, gate = project(self.readers(), x, tokens)
+        query, key, value = (part.view(*x.shape[:2], self.heads, -1) for part in parts)
+        if x.shape[1] == 1:
+            y, after = recurrent(query, key, value, context.fading, total, overwrite)
+        else:
+            y, after = self.form(query, key, value, context.fading, total)
+        gate = nn.functional.silu(gate)
         y = self.norm(y).flatten(2).to(gate.dtype) * gate
         recent = _Recent(key, value, context.fading) if x.shape[1] <= UNDO else None
-        return call(self.out, y, tokens), RetentionState(after, recent)
+        return call(self.out, y, tokens), RetentionState(after, recent, overwrite)
 
-    def _total(self, past: LayerState | None) -> Tensor | None:
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The layers that read the same input (`layout.Readers`)."""
+        return self.query, self.key, self.value, self.gate
+
+    def _own(self, past: LayerState | None) -> RetentionState | None:
         if past is None:
             return None
         shape = (self.heads, self.head_dim, self.value_head_dim + 1)
         if not isinstance(past, RetentionState) or past.total.shape[1:] != shape:
             found = tuple(past.total.shape[1:]) if isinstance(past, RetentionState) else type(past).__name__
             raise ValueError(f"this state is of another model: a retention layer remembers {shape}, not {found}")
-        return past.total
+        return past
 
 
 def _head_norm(width: int) -> nn.Module:

@@ -12,7 +12,7 @@ UNDO = 16  # so many of the last tokens can be taken back where not all are kept
 
 @runtime_checkable
 class LayerState(Protocol):
-    """Memory of one mixer; every operation returns a new value and leaves the old one usable."""
+    """Memory of one mixer; every operation returns a new value and, unless it is disposable, leaves this one usable."""
 
     def reorder(self, index: Int[Tensor, "R"]) -> "LayerState":
         """Rows picked by index, with repeats: beams, or several texts per image."""
@@ -20,6 +20,10 @@ class LayerState(Protocol):
 
     def crop(self, drop: int) -> "LayerState":
         """Without the last `drop` tokens."""
+        ...
+
+    def disposable(self) -> "LayerState":
+        """The same, but what comes after it may be written into its storage."""
         ...
 
 
@@ -59,6 +63,12 @@ class State:
         valid = None if self.valid is None else self.valid[:, : self.valid.shape[1] - drop]
         seen = None if self.seen is None else self.seen - drop
         return State(layers, valid, self.position - drop, self.full, seen)
+
+    def disposable(self) -> "State":
+        """The same for a loop that goes on from the newest state alone: without gradients the next call, and all after
+        it, may write over it. A memory of constant size is then never allocated anew.
+        """
+        return replace(self, layers=tuple(layer.disposable() for layer in self.layers))
 
 
 class _Buffer:
@@ -118,6 +128,10 @@ class KeyValue:
         if not 0 <= drop <= self._length:
             raise ValueError(f"{drop} tokens cannot be taken back from {self._length}")
         return self._view(self._buffer, self._length - drop)
+
+    def disposable(self) -> "KeyValue":
+        """Itself: its storage is shared already."""
+        return self
 
     @staticmethod
     def _view(buffer: _Buffer, length: int) -> "KeyValue":

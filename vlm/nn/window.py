@@ -151,6 +151,10 @@ class Recent:
         valid = None if self.valid is None else self.valid[:, : len(self) - drop]
         return replace(self, memory=self.memory.crop(drop), valid=valid)
 
+    def disposable(self) -> "Recent":
+        """Itself: its storage is shared already."""
+        return self
+
     def _both(self) -> tuple[Tensor, Tensor]:
         return self.memory.key, self.memory.value
 

@@ -16,13 +16,17 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from tests.bench.side_by_side import Candidate, alternate, peak_memory, switched, table
+from vlm.model.generate import advance
+from vlm.model.language import Decoder
 from vlm.model.retnet import retnet
 from vlm.model.weights.files import load_strict
 from vlm.model.weights.retnet import retnet_table
 from vlm.nn.backend import fast_float32
 from vlm.nn.context import Context
+from vlm.nn.layout import lay_out_for_decoding
 from vlm.nn.retain import Chunkwise
 from vlm.nn.retention import Decay, Retention
+from vlm.nn.state import State
 from vlm.nn.tokens import Tokens
 
 DIM, HEADS, VALUES, LAYERS = 512, 8, 1024, 12
@@ -119,8 +123,8 @@ def memory_section() -> None:
             print(f"  {name:42s} {min(peak_memory(call) for _ in range(3)):8.0f}")
 
 
-def models() -> tuple[nn.Module, nn.Module, nn.Module | None]:
-    """Ours, transformers' Llama and, where installed, torchscale's with the same weights as ours."""
+def models() -> tuple[Decoder, nn.Module, nn.Module | None]:
+    """Ours as `vlm caption` lays it out, transformers' Llama and torchscale's, where installed, of the same weights."""
     torch.manual_seed(0)
     ours = retnet(64, DIM, LAYERS, HEADS, VALUES, hidden=704, activation=nn.SiLU()).eval()
     peer = None
@@ -129,6 +133,7 @@ def models() -> tuple[nn.Module, nn.Module, nn.Module | None]:
 
         peer = RetNetDecoder(scale_config(), embed_tokens=nn.Embedding(64, DIM)).eval()
         load_strict(ours, retnet_table().to_ours(peer.state_dict()), "torchscale")
+    lay_out_for_decoding(ours)
     return ours, LlamaModel(llama_config()).eval(), peer
 
 
@@ -171,15 +176,29 @@ def decode_section() -> None:
             found["torchscale recurrent"] = lambda m=memory, i=ids: peer(
                 i, incremental_state={k: dict(v) for k, v in m.items()}, features_only=True
             )
-        state = ours(Tokens.of(torch.randn(batch, 16, DIM))).state
-        after = torch.full((batch, 1), context)
-        found["ours"] = lambda s=state, p=after, x=x: ours(Tokens.of(x, position=p), s)
+        found["ours"] = our_step(ours, x, context)
         weights = torch.cat([p.flatten() for p in ours.stack.parameters()])
         matrix = weights[: weights.numel() // 4096 * 4096].view(-1, 4096)
         row = torch.randn(batch, 4096)
         found["weights streamed once"] = lambda m=matrix, r=row: nn.functional.linear(r, m)
         found |= {f"{name}, oneDNN switch": switched(call, fast_float32) for name, call in found.items()}
         table(f"next token, batch {batch}, context {context}", alternate(found, rounds=9), "transformers StaticCache")
+
+
+def our_step(ours: Decoder, x: Tensor, context: int) -> Candidate:
+    """One step after another of ours, as `generate` makes them."""
+    state = ours(Tokens.of(torch.randn(len(x), 16, DIM))).state
+    position = torch.full((len(x), 1), context)
+
+    def step(_: Tensor, before: State) -> tuple[Tensor, State]:
+        out = ours(Tokens.of(x, position=position), before)
+        return out.hidden[:, -1], out.state
+
+    def once() -> None:
+        nonlocal state
+        state = advance(step, position, state, own=True)[1]
+
+    return once
 
 
 def caches(llama: nn.Module, x: Tensor, context: int) -> dict[str, Candidate]:

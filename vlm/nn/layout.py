@@ -29,7 +29,7 @@ def project(layers: Sequence[nn.Module], x: Float[Tensor, "*B D"], tokens: Token
     whole = None if weights is None else joined(weights)
     if weights is None or whole is None:
         return [layer(x) if tokens is None else call(layer, x, tokens) for layer in layers]
-    return nn.functional.linear(x, whole).split_with_sizes([len(weight) for weight in weights], -1)
+    return nn.functional.linear(x, whole).split_with_sizes([weight.shape[0] for weight in weights], -1)
 
 
 def _plain(layers: Sequence[nn.Module]) -> list[Tensor] | None:
@@ -49,7 +49,7 @@ def joined(weights: Sequence[Tensor]) -> Float[Tensor, "E D"] | None:
     """All matrices as one, without a copy, if they stand side by side in one storage as `join` puts them."""
     first = weights[0]
     step = first.stride()
-    if step[0] != 1 or step[1] <= len(first):
+    if step[0] != 1 or step[1] <= first.shape[0]:
         return None
     place, size = first.data_ptr(), first.element_size()
     end = place + step[1] * size
@@ -57,7 +57,7 @@ def joined(weights: Sequence[Tensor]) -> Float[Tensor, "E D"] | None:
     for weight in weights:
         if weight.data_ptr() != place:
             return None
-        place += len(weight) * size
+        place += weight.shape[0] * size
     return first.as_strided((step[1], first.shape[1]), step) if place == end else None
 
 

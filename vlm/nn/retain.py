@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+SPAN = 1024  # tokens computed at once on CPUs, where what lies between the steps then stays in the cache
+
+
 @dataclass(frozen=True)
 class Fading:
     """What one call knows of its tokens' places; all layers share it. In fp32 (fp64 for fp64 inputs)."""
@@ -62,14 +65,19 @@ def precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rotated(x: Float[Tensor, "B S H K"], turn: Complex[Tensor, "B S L"]) -> Float[Tensor, "B S H K"]:
-    """Turns neighbouring pairs, in the dtype of the turn's parts."""
+def rotated(
+    x: Float[Tensor, "B S H K"], turn: Complex[Tensor, "B S L"], out: Float[Tensor, "B S H K"] | None = None
+) -> Float[Tensor, "B S H K"]:
+    """Turns neighbouring pairs, in the dtype of the turn's parts; into `out` where it is given."""
     pairs = x.to(precise(x.dtype)).reshape(*x.shape[:-1], -1, 2)
     if not torch.compiler.is_compiling():  # one pass over memory; compilers fuse the real form instead
-        return torch.view_as_real(torch.view_as_complex(pairs) * turn.unsqueeze(2)).flatten(-2)
+        into = None if out is None else torch.view_as_complex(out.unflatten(-1, (-1, 2)))
+        turned = torch.mul(torch.view_as_complex(pairs), turn.unsqueeze(2), out=into)
+        return torch.view_as_real(turned).flatten(-2) if out is None else out
     cos, sin = turn.real[:, :, None], turn.imag[:, :, None]
     first, second = pairs.unbind(-1)
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
+    real = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
+    return real if out is None else out.copy_(real)
 
 
 def parallel(
@@ -158,11 +166,22 @@ class Chunkwise:
             fold = fading.folds.get(size)
             if fold is None:
                 fold = fading.folds[size] = Fold.of(fading, size)
-            turns = (fading.turn, fading.turn_key)
-            out, total = _Chunks.apply(
-                query, key, value, past * fold.middle, *turns, fold.query, fold.key, fold.keep, fading.scale
-            )
-            return Retained(out, total / fold.middle)
+            total, outs = past * fold.middle, []
+            chunks = self._span(query, size)
+            tokens, padded = chunks * size, (part.split(chunks * size, 2) for part in (fold.query, fold.key))
+            columns = (x.split(tokens, 1) for x in (query, key, value, fading.turn, fading.turn_key))
+            rest = (*padded, fold.keep.split(chunks, 2), fading.scale.split(tokens, 2))
+            for q, k, v, turn, turn_key, *folds in zip(*columns, *rest, strict=True):
+                out, total = _Chunks.apply(q, k, v, total, turn, turn_key, *folds)
+                outs.append(out)
+            return Retained(outs[0] if len(outs) == 1 else torch.cat(outs, 1), total / fold.middle)
+
+    @staticmethod
+    def _span(query: Tensor, size: int) -> int:
+        """How many chunks to compute at once: all, but on CPUs those of `SPAN` tokens."""
+        if query.device.type != "cpu" or torch.compiler.is_compiling():
+            return query.shape[1]
+        return max(1, SPAN // (len(query) * size))
 
 
 class Fold(NamedTuple):
@@ -220,7 +239,8 @@ class _Chunks(torch.autograd.Function):
         full = torch.bmm(torch.bmm(q, k.mT).tril_(), v).baddbmm_(q, before)
         full = full.view(batch, heads, -1, full.shape[-1])[:, :, :length]
         scale = torch.maximum(full[..., -1:].abs().to(scale.dtype), scale[..., None])
-        out = (full[..., :-1] / scale).to(query.dtype).transpose(1, 2).contiguous()
+        out = value.new_empty(value.shape)
+        out.transpose(1, 2).copy_(full[..., :-1]).div_(scale)
         ctx.save_for_backward(q, k, v, before, scale, turn, turn_key, fold_q, fold_k, keep)
         return out, last
 
@@ -231,13 +251,16 @@ class _Chunks(torch.autograd.Function):
         batch, heads, length, _ = scale.shape
         chunks = keep.shape[2]
         v, before = v[..., :-1], before[..., :-1]
-        g = _padded(grad.transpose(1, 2) / scale, fold_q.shape[2]).to(q.dtype).view(*q.shape[:2], -1)
-        seen = torch.bmm(q.mT, g).unflatten(0, (batch, heads, chunks)).flip(2)
+        g = grad.new_empty(batch, heads, fold_q.shape[2], grad.shape[-1])
+        g[:, :, :length].copy_(grad.transpose(1, 2)).div_(scale)
+        g[:, :, length:] = 0
+        g = g.view(*q.shape[:2], -1)
+        seen = torch.bmm(q.mT, g).unflatten(0, (batch, heads, chunks))
         scored = torch.bmm(q, k.mT).tril_()
         scored_grad = torch.bmm(g, v.mT).tril_()
         # The same scan from the other end: what later chunks ask of the memory that this one leaves.
-        after, first = _scan_back(seen, keep.flip(2), grad_last[..., :-1])
-        after = after.flip(2).to(q.dtype).flatten(0, 2)
+        after, first = _scan_back(seen, keep, grad_last[..., :-1])
+        after = after.to(q.dtype).flatten(0, 2)
         grad_q = torch.bmm(scored_grad, k).baddbmm_(g, before.mT)
         grad_k = torch.bmm(scored_grad.mT, q).baddbmm_(v, after.mT)
         grad_v = torch.bmm(scored.mT, g).baddbmm_(k, after)
@@ -253,28 +276,28 @@ class _Chunks(torch.autograd.Function):
 
 def _folded(x: Tensor, turn: Tensor, fold: Tensor) -> Tensor:
     """B S H K to B H P K: rotated and faded, 0 beyond the last token."""
-    return _padded(rotated(x, turn).transpose(1, 2) * fold[:, :, : x.shape[1], None], fold.shape[2]).to(x.dtype)
+    batch, given, heads, width = x.shape
+    out = x.new_empty(batch, heads, fold.shape[2], width, dtype=precise(x.dtype))
+    rotated(x, turn, out[:, :, :given].transpose(1, 2))
+    out[:, :, given:] = 0
+    return out.mul_(fold[..., None]).to(x.dtype)
 
 
 def _unfolded(grad: Tensor, back: Tensor, fold: Tensor, length: int) -> Tensor:
     """The gradient of `_folded`: B H P K to B S H K."""
-    faded = (grad[:, :, :length] * fold[:, :, :length, None]).transpose(1, 2)
-    return rotated(faded, back).to(grad.dtype)
+    batch, heads, _, width = grad.shape
+    faded = (grad.to(precise(grad.dtype)) * fold[..., None])[:, :, :length].transpose(1, 2)
+    return rotated(faded, back, torch.empty_like(faded, memory_format=torch.contiguous_format)).to(grad.dtype)
 
 
 def _with_ones(value: Tensor, length: int) -> Tensor:
     """B S H V to B H P W: the last column sums the scores, which the row's scale needs."""
     batch, given, heads, width = value.shape
-    out = value.new_ones(batch, heads, length, width + 1)
+    out = value.new_empty(batch, heads, length, width + 1)
     out[:, :, :given, :-1] = value.transpose(1, 2)
+    out[..., -1] = 1
     out[:, :, given:] = 0
     return out
-
-
-def _padded(x: Tensor, length: int) -> Tensor:
-    """B H S K to a contiguous B H P K, 0 beyond the end."""
-    extra = length - x.shape[2]
-    return pad(x, (0, 0, 0, extra)).contiguous() if extra else x.contiguous()
 
 
 def _scan(made: Tensor, keep: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,10 +310,10 @@ def _scan(made: Tensor, keep: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scan_back(seen: Tensor, keep: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of what each chunk leaves, last chunk first, and of the memory before the first."""
+    """Gradients of what each chunk leaves, and of the memory before the first."""
     after = []
-    for n in range(seen.shape[2]):
-        grad = keep[:, :, n, None, None] * grad
+    for seen_n, keep_n in zip(reversed(seen.unbind(2)), reversed(keep[..., None, None].unbind(2)), strict=True):
+        grad = keep_n * grad
         after.append(grad)
-        grad = grad + seen[:, :, n]
-    return torch.stack(after, 2), grad
+        grad = grad + seen_n
+    return torch.stack(after[::-1], 2), grad

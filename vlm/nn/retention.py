@@ -171,8 +171,10 @@ class Retention(nn.Module):
             y, after = recurrent(query, key, value, context.fading, total, overwrite)
         else:
             y, after = self.form(query, key, value, context.fading, total)
-        gate = nn.functional.silu(gate)
-        y = self.norm(y).flatten(2).to(gate.dtype) * gate
+        free = not torch.is_grad_enabled()  # nothing is needed again, so results may take the place of inputs
+        gate = nn.functional.silu(gate, inplace=free)
+        y = self.norm(y).flatten(2).to(gate.dtype)
+        y = gate.mul_(y) if free else y * gate
         recent = _Recent(key, value, context.fading) if x.shape[1] <= UNDO else None
         return call(self.out, y, tokens), RetentionState(after, recent, overwrite)
 

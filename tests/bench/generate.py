@@ -1,11 +1,12 @@
 """Captions from 32 prefix embeddings by a Llama-like decoder of 124M parameters: ours beside transformers' `generate`.
 
-Same weights, same tokens (checked), fp32.
+Same weights; in fp32 the same tokens, which is checked. Ours lies in memory as `vlm caption` lays it out.
     python -m tests.bench.generate [greedy1 greedy8 beam1 beam8]
 """
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from vlm.model.generate import Decoding, Sampling, generate
 from vlm.model.language import Decoder, llama
 from vlm.model.weights.files import load_strict
 from vlm.model.weights.llama import llama_table
-from vlm.nn.backend import fast_float32, onednn_is_exact
+from vlm.nn.backend import bfloat16_is_fast, fast_float32, onednn_is_exact
+from vlm.nn.layout import lay_out_for_decoding
 from vlm.nn.state import State
 from vlm.nn.tokens import Tokens
 
@@ -46,7 +48,11 @@ def pair() -> tuple[Decoder, LlamaForCausalLM]:
     theirs = LlamaForCausalLM(config).eval()
     ours = llama(VOCABULARY, WIDTH, LAYERS, HEADS, hidden=HIDDEN, eps=1e-6).eval()
     load_strict(ours, llama_table(True).to_ours(theirs.state_dict()), "transformers")
+    lay_out_for_decoding(ours)
     return ours, theirs
+
+
+Pair = tuple[Decoder, LlamaForCausalLM]
 
 
 def our_text(model: Decoder, prefix: Tensor, decoding: Decoding) -> Callable[[], list[list[int]]]:
@@ -79,17 +85,21 @@ def their_text(model: LlamaForCausalLM, prefix: Tensor, beams: int, new: int) ->
     return run
 
 
-def section(name: str, ours: Decoder, theirs: LlamaForCausalLM) -> None:
-    """One table."""
+def section(name: str, full: Pair, half: Pair | None) -> None:
+    """One table; `half`: the same in bf16, where the CPU has instructions for it."""
     rows, beams, new = SECTIONS[name]
     prefix = torch.randn(rows, PREFIX, WIDTH, generator=torch.Generator().manual_seed(0)) * 0.02
     decoding = Sampling(new, new) if beams == 1 else Beams(beams, new, new)
-    mine, other = our_text(ours, prefix, decoding), their_text(theirs, prefix, beams, new)
+    mine, other = our_text(full[0], prefix, decoding), their_text(full[1], prefix, beams, new)
     assert mine() == other(), f"{name}: other tokens than transformers"
     candidates: dict[str, Candidate] = {"transformers": other, "ours": mine}
     if onednn_is_exact():
         candidates["transformers, oneDNN switch"] = switched(other, fast_float32)
         candidates["ours, oneDNN switch (as shipped)"] = switched(mine, fast_float32)
+    if half is not None:
+        short = prefix.bfloat16()
+        candidates["transformers bf16"] = their_text(half[1], short, beams, new)
+        candidates["ours bf16"] = our_text(half[0], short, decoding)
     title = f"{name}: {rows} rows, {beams} beams, {new} new tokens, the same as transformers'"
     table(title, alternate(candidates, ROUNDS[name]), "transformers")
 
@@ -97,9 +107,13 @@ def section(name: str, ours: Decoder, theirs: LlamaForCausalLM) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    ours, theirs = pair()
+    full = pair()
+    half = None
+    if bfloat16_is_fast(torch.device("cpu")):
+        half = (deepcopy(full[0]).bfloat16(), deepcopy(full[1]).bfloat16())
+        lay_out_for_decoding(half[0])
     for name in sys.argv[1:] or SECTIONS:
-        section(name, ours, theirs)
+        section(name, full, half)
 
 
 if __name__ == "__main__":

@@ -224,6 +224,7 @@ def _(
 
 def _remember(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.set_materialize_grads(False)  # what is kept has no gradient: a large zero for it would be made
 
 
 def _differentiate(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,7 +18,6 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-
 SPAN = 1024  # tokens computed at once on CPUs, where what lies between the steps then stays in the cache
 
 

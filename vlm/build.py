@@ -36,6 +36,7 @@ from vlm.nn.ffn import GatedMlp, QuickGELU
 from vlm.nn.moe import Balance, MixtureOfExperts, sigmoid_router, softmax_router
 from vlm.nn.norm import RMSNorm
 from vlm.nn.retain import Chunkwise
+from vlm.nn.retain_fla import FlaChunks
 from vlm.nn.retention import Decay, Retention
 from vlm.nn.rotary import Rotary
 
@@ -169,7 +170,8 @@ def _mixer(settings: Mixer, dim: int, heads: int) -> nn.Module:
                 window=settings.window,
             )
         case RetentionMixer():
-            return Retention(dim, heads, settings.value_dim, form=Chunkwise(settings.chunk))
+            form = FlaChunks() if settings.kernel == "fla" else Chunkwise(settings.chunk)
+            return Retention(dim, heads, settings.value_dim, form=form)
         case _:
             assert_never(settings)
 

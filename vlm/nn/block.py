@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm.nn.attention import CrossAttention, ImageKeyValue
 from vlm.nn.context import Context
-from vlm.nn.moe import MixtureOfExperts, Routing
+from vlm.nn.moe import Routing, feed
 from vlm.nn.retain import precise
 from vlm.nn.retention import Decay, Retention
 from vlm.nn.rotary import Rotary
@@ -99,19 +99,15 @@ class Block(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "B S D"], context: Context, image: ImageKeyValue | None, past: LayerState | None
-    ) -> tuple[Float[Tensor, "B S D"], LayerState, Routing | None]:
-        """The tokens after this block, the mixer's memory of them, and what the experts did if it has any."""
+    ) -> tuple[Float[Tensor, "B S D"], LayerState, list[Routing]]:
+        """The tokens after this block, the mixer's memory of them, and what its mixtures of experts did."""
         tokens = context.tokens
         branch, present = self.mixer(self.mixer_residual.enter(x, tokens), context, past)
         x = self.mixer_residual.leave(x, branch, tokens)
         if self.cross is not None and image is not None:
             x = self.cross(x, tokens, image)
-        entered, routing = self.ffn_residual.enter(x, tokens), None
-        if isinstance(self.ffn, MixtureOfExperts):
-            branch, routing = self.ffn(entered, None if tokens.full else tokens.valid)
-        else:
-            branch = call(self.ffn, entered, tokens)
-        return self.ffn_residual.leave(x, branch, tokens), present, routing
+        branch, routings = feed(self.ffn, self.ffn_residual.enter(x, tokens), tokens)
+        return self.ffn_residual.leave(x, branch, tokens), present, routings
 
 
 class ImageMemory(NamedTuple):
@@ -162,9 +158,9 @@ class Stack(nn.Module):
         x, layers, routings = tokens.x, [], []
         for i, block in enumerate(self.blocks):
             memory = None if image is None else image.blocks[i]
-            x, present, routing = block(x, context, memory, None if state is None else state.layers[i])
+            x, present, done = block(x, context, memory, None if state is None else state.layers[i])
             layers.append(present)
-            routings += [] if routing is None else [routing]
+            routings += done
         return Output(call(self.norm, x, tokens), self._after(tuple(layers), tokens, state), tuple(routings))
 
     def _context(self, tokens: Tokens, state: State | None) -> Context:

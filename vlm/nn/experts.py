@@ -227,7 +227,7 @@ def _remember(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)  # what is kept has no gradient: a large zero for it would be made
 
 
-def _differentiate(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, gate_up, down, weight, order, ends, kept = ctx.saved_tensors  # type: ignore[attr-defined]
     return *blocked_backward(grad.contiguous(), x, gate_up, down, weight, order, ends, kept), None, None, None
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vlm.nn.experts import Plan, mix
 from vlm.nn.ffn import GatedMlp
+from vlm.nn.route import PerRoute
+from vlm.nn.tokens import Tokens
 
 
 class Choice(NamedTuple):
@@ -263,6 +265,26 @@ class MixtureOfExperts(nn.Module):
         load = plan.load()
         asked = self.router.top_k * (load.new_tensor(len(choice.expert)) if valid is None else valid.sum())
         return Routing(balance, load, entropy, asked - load.sum())
+
+
+def feed(ffn: nn.Module, x: Float[Tensor, "B S D"], tokens: Tokens) -> tuple[Float[Tensor, "B S D"], list[Routing]]:
+    """Any feed-forward network, experts and `PerRoute` of experts among them, and what each of its mixtures did."""
+    routings: list[Routing] = []
+
+    def apply(module: nn.Module, part: Tensor, valid: Tensor | None) -> Tensor:
+        if not isinstance(module, MixtureOfExperts):
+            out: Tensor = module(part)
+            return out
+        out, routing = module(part, valid)
+        routings.append(routing)
+        return out
+
+    if not isinstance(ffn, PerRoute):
+        return apply(ffn, x, None if tokens.full else tokens.valid), routings
+    if not any(isinstance(module, MixtureOfExperts) for module in ffn.routes.values()):
+        return ffn(x, tokens), routings
+    # Each mixture once, whatever the layout, so that its load is counted once; it leaves the others' tokens out itself.
+    return ffn.each(x, tokens, lambda module, part, own: apply(module, part, own & tokens.valid)), routings
 
 
 class GatedShared(nn.Module):

@@ -88,7 +88,7 @@ def parallel(
 ) -> Retained:
     """All pairs at once, S x S per head: the definition, to compare the others with (equation 5)."""
     past = empty(query, value) if past is None else past
-    q, k, v = (x.transpose(1, 2) for x in _prepared(query, key, value, fading))
+    q, k, v = (x.transpose(1, 2) for x in prepared(query, key, value, fading))
     gap = fading.place[:, :, None] - fading.place[:, None, :]
     order = torch.ones(gap.shape[1:], dtype=torch.bool, device=gap.device).tril()
     log_decay = fading.log_decay[:, None]
@@ -98,7 +98,7 @@ def parallel(
     last = fading.place[:, -1:]
     remains = ((last - fading.place)[:, None] * log_decay).exp()[..., None]
     total = (last * fading.log_decay).exp()[..., None, None] * past + (k * remains).mT @ v
-    return Retained(_divided(full, fading.scale).transpose(1, 2).to(query.dtype), total)
+    return Retained(divided(full, fading.scale).transpose(1, 2).to(query.dtype), total)
 
 
 def recurrent(
@@ -112,7 +112,7 @@ def recurrent(
     """Token after token at constant cost and memory (equation 6): decoding. `overwrite`: the result may take past's."""
     total = empty(query, value) if past is None else past
     overwrite = (overwrite or past is None) and not torch.is_grad_enabled()
-    q, k, v = _prepared(query, key, value, fading)
+    q, k, v = prepared(query, key, value, fading)
     length, heads, width = q.shape[1:]
     k, v, fade = k[..., None], v[..., None, :], fading.fade[..., None, None]
     rows = []
@@ -121,17 +121,17 @@ def recurrent(
         overwrite = not torch.is_grad_enabled()
         rows.append(torch.bmm(q_n.reshape(-1, 1, width), total.flatten(0, 1)))
     full = (rows[0] if length == 1 else torch.cat(rows, 1)).view(-1, heads, length, v.shape[-1])
-    return Retained(_divided(full, fading.scale).transpose(1, 2).to(query.dtype), total)
+    return Retained(divided(full, fading.scale).transpose(1, 2).to(query.dtype), total)
 
 
-def _prepared(query: Tensor, key: Tensor, value: Tensor, fading: Fading) -> tuple[Tensor, Tensor, Tensor]:
+def prepared(query: Tensor, key: Tensor, value: Tensor, fading: Fading) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries, rotated and scaled keys (0 on padding), values with the column of ones."""
     k = rotated(key, fading.turn_key)
     v = value.to(k.dtype)
     return rotated(query, fading.turn), k, torch.cat([v, v.new_ones(*v.shape[:-1], 1)], -1)
 
 
-def _divided(full: Tensor, scale: Tensor) -> Tensor:
+def divided(full: Tensor, scale: Tensor) -> Tensor:
     """Sums over values to outputs: over max(|row sum|, scale), through which no gradient flows."""
     return full[..., :-1] / torch.maximum(full[..., -1].detach().abs(), scale)[..., None]
 

@@ -28,11 +28,17 @@ class PerRoute(nn.Module):
             parts = x.split([length for _, length in pieces], 1)
             done = [self._of(route)(part) for (route, _), part in zip(pieces, parts, strict=True)]
             return done[0] if len(done) == 1 else torch.cat(done, 1)
+        return self.each(x, tokens, lambda module, all_tokens, own: module(all_tokens))
+
+    def each(
+        self, x: Float[Tensor, "B S D"], tokens: Tokens, apply: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    ) -> Float[Tensor, "B S E"]:
+        """`apply(module, x, own)` for every module, once; `own` (B S) marks the tokens whose result is taken."""
         out: Tensor | None = None
         for name, module in self.routes.items():
-            here = (tokens.route == int(Route[name.upper()]))[..., None]
-            y = module(x)
-            out = torch.where(here, y, torch.zeros_like(y) if out is None else out)
+            own = tokens.route == int(Route[name.upper()])
+            y = apply(module, x, own)
+            out = torch.where(own[..., None], y, torch.zeros_like(y) if out is None else out)
         assert out is not None
         return out
 

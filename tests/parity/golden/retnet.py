@@ -48,6 +48,19 @@ def step_by_step(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([model(ids[:, : t + 1], incremental_state=memory)[0] for t in range(ids.shape[1])], 1)
 
 
+def simple_gla() -> dict[str, Tensor]:
+    """fla's plain version of the kernel that `FlaChunks` calls: a decay for each token, and a memory before them."""
+    from fla.ops.simple_gla.naive import naive_chunk_simple_gla
+
+    maker = torch.Generator().manual_seed(3)
+    shape = (2, 70, 3)
+    given = {name: torch.randn(*shape, width, generator=maker) for name, width in (("q", 8), ("k", 8), ("v", 11))}
+    given["g"] = torch.rand(shape, generator=maker).log()
+    given["initial_state"] = torch.randn(2, 3, 8, 11, generator=maker)
+    out, state = naive_chunk_simple_gla(**given, output_final_state=True, scale=0.5)
+    return {f"simple_gla/{name}": value for name, value in (given | {"out": out, "state": state}).items()}
+
+
 @torch.no_grad()
 def main() -> None:
     """All tensors of the test in one file."""
@@ -64,7 +77,7 @@ def main() -> None:
     maker = torch.Generator().manual_seed(2)
     q, k = (torch.randn(2, 3, 17, 8, generator=maker) for _ in range(2))
     v = torch.randn(2, 3, 17, 10, generator=maker)
-    found |= {"fla/q": q, "fla/k": k, "fla/v": v, "fla/out": naive_retention(q, k, v)}
+    found |= {"fla/q": q, "fla/k": k, "fla/v": v, "fla/out": naive_retention(q, k, v)} | simple_gla()
     save_file({key: value.contiguous() for key, value in found.items()}, Path(__file__).with_suffix(".safetensors"))
 
 

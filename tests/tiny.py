@@ -127,7 +127,7 @@ class Made:
         self.model = build.model(run, self.tokenizer)
         decided = assign(self.model, rules(run), frozen_parts(run))
         self.optimizer = make_optimizer(self.model, decided, run.train.betas)
-        self.task = Task(self.model, [objective(loss, self.tokenizer) for loss in run.losses])
+        self.task = Task(self.model, [objective(loss, self.tokenizer, run.train.accumulate) for loss in run.losses])
         self.loader = build.training_loader(
             run, self.shards, self.model.vision.transform, self.tokenizer, self.model.image_tokens
         )

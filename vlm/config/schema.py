@@ -201,6 +201,9 @@ class ItcLoss(Section):
     kind: Literal["itc"]
     weight: float = Field(1.0, gt=0)
     label_smoothing: Fraction = 0.0
+    over: Literal["pass", "step"] = Field(
+        "pass", description="step: images and texts of all passes of a step together, for a second forward pass each"
+    )
 
 
 class ItmLoss(Section):
@@ -287,6 +290,8 @@ def _misfits(run: Run) -> list[str]:
     kinds = [loss.kind for loss in run.losses]
     problems = [f"losses: {kind} stands there twice" for kind in sorted(set(kinds)) if kinds.count(kind) > 1]
     problems += _text_misfits(run) if isinstance(run.data, TextData) else _pair_misfits(run.model, kinds)
+    if run.train.accumulate == 1 and any(isinstance(loss, ItcLoss) and loss.over == "step" for loss in run.losses):
+        problems.append("losses: itc over=step: a step is one pass with train.accumulate=1; raise that, or leave over")
     if run.train.warmup >= run.train.steps:
         problems.append(f"train.warmup: {run.train.warmup} is not below train.steps={run.train.steps}")
     vision = run.model.vision

@@ -5,7 +5,7 @@ Letters: B images, M texts, T tokens, H height, W width.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -53,6 +53,7 @@ class Batch:
     captions: Text
     prompts: Text | None
     positive: Bool[Tensor, "B M"]
+    known: list[frozenset[str]] = field(default_factory=list)  # B: every caption of a sample, drawn or not
 
     @staticmethod
     def of_text(text: Text) -> "Batch":
@@ -118,31 +119,41 @@ def collate(
         raise ValueError(
             f"no caption in a batch of {len(samples)} samples: nothing to learn; set captions_per_image >= 1"
         )
+    ids, known = [sample.id for sample in samples], [sample.known.union(sample.captions) for sample in samples]
     return Batch(
         keys=[sample.key for sample in samples],
         images=torch.stack([sample.pixels for sample in samples]),
-        image_ids=[sample.id for sample in samples],
+        image_ids=ids,
         owner=torch.tensor(owner),
         strings=strings,
         captions=captions,
         prompts=prompts,
-        positive=_positive(samples, owner, strings),
+        positive=_positive(ids, known, owner, strings),
+        known=known,
     )
 
 
-def _positive(samples: Sequence[Sample], owner: list[int], strings: list[str]) -> Bool[Tensor, "B M"]:
+def positives(batches: Sequence[Batch]) -> Bool[Tensor, "B M"]:
+    """Which of all the texts describes which of all the images of several batches."""
+    starts = np.cumsum([0] + [len(batch.image_ids) for batch in batches]).tolist()
+    owner = [start + row for start, batch in zip(starts, batches, strict=False) for row in batch.owner.tolist()]
+    ids, known, strings = (
+        list(chain.from_iterable(parts))
+        for parts in zip(*((batch.image_ids, batch.known, batch.strings) for batch in batches), strict=True)
+    )
+    return _positive(ids, known, owner, strings)
+
+
+def _positive(
+    image_ids: Sequence[str], known: Sequence[frozenset[str]], owner: Sequence[int], strings: Sequence[str]
+) -> Bool[Tensor, "B M"]:
     numbers: dict[str, int] = {}
-    ids = torch.tensor([numbers.setdefault(sample.id, len(numbers)) for sample in samples])
+    ids = torch.tensor([numbers.setdefault(name, len(numbers)) for name in image_ids])
     positive = ids[:, None] == ids[torch.tensor(owner)]
     columns: dict[str, list[int]] = defaultdict(list)
     for column, text in enumerate(strings):
         columns[text].append(column)
-    pairs = [
-        (row, column)
-        for row, sample in enumerate(samples)
-        for text in sample.known.union(sample.captions)
-        for column in columns.get(text, ())
-    ]
+    pairs = [(row, column) for row, texts in enumerate(known) for text in texts for column in columns.get(text, ())]
     rows, hits = torch.tensor(pairs).unbind(1)
     positive[rows, hits] = True
     return positive

@@ -3,10 +3,9 @@
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from vlm.train.average import Average
 from vlm.train.experts import Health
 from vlm.train.log import Log
 from vlm.train.optim import rate, set_rate
-from vlm.train.task import BALANCE, Lm, Task
+from vlm.train.pool import pooled
+from vlm.train.task import BALANCE, Itc, Lm, Task, autocast
 
 Save = Callable[[int, float, bool], None]  # step, lowest validation loss so far, whether it is this step's
 MOST_SKIPPED = 10  # steps in a row without a finite gradient
@@ -161,16 +161,21 @@ def one_step(
     totals = {o.name: [o.share(batch) for batch in group] for o in task.objectives}
     each: dict[str, float] = {}
     passes = []
+    whole = pooled(task, group, precision)
     for i, batch in enumerate(group):
         shares = {name: values[i] / sum(values) if sum(values) else 0.0 for name, values in totals.items()}
+        if whole is not None:
+            torch.manual_seed(whole.seeds[i])
         with fast_float32():
             with autocast(batch.owner.device, precision):
-                losses = task(batch, shares)
+                losses = task(batch, shares, None if whole is None else whole.pulls[i])
             losses.total.backward()
         passes.append(losses.routings)
         shares[BALANCE] = shares.get(Lm.name, 0.0)
         for name, loss in losses.each.items():
             each[name] = each.get(name, 0.0) + shares[name] * float(loss)
+    if whole is not None:
+        each[Itc.name] = whole.loss
     norm = gradient_norm(task, clip)
     if math.isfinite(norm):
         optimizer.step()
@@ -184,11 +189,6 @@ def gradient_norm(task: nn.Module, clip: float | None) -> float:
     learning = [parameter for parameter in task.parameters() if parameter.requires_grad]
     norm: Tensor = nn.utils.clip_grad_norm_(learning, math.inf if clip is None else clip)
     return float(norm)
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Products in `precision`; norms, softmax and losses stay in fp32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from vlm.train.average import Average
 from vlm.train.experts import Health, experts_of
 from vlm.train.feed import Feed, Once, begun, feed
 from vlm.train.log import BOARD, METRICS, Log, check_reports, note
-from vlm.train.loop import Interrupted, Plan, autocast, fit
+from vlm.train.loop import Interrupted, Plan, fit
 from vlm.train.optim import Line, Rule, assign, make_optimizer, table
 from vlm.train.speed import flops_per_token, peak_flops
-from vlm.train.task import Itc, Itm, Lm, Objective, Task
+from vlm.train.task import Itc, Itm, Lm, Objective, Task, autocast
 
 
 def train(config: Path, overrides: Sequence[str], out: Path, resume: bool = False, overwrite: bool = False) -> None:
@@ -75,7 +75,9 @@ class Job:
         decided = assign(model, rules(run), frozen_parts(run))
         note(render(table(model, decided)))
         self.stored = checkpoint.divide(model, sourced_parts(run))
-        self.task = Task(model.to(self.device), [objective(loss, tokenizer) for loss in run.losses])
+        self.task = Task(
+            model.to(self.device), [objective(loss, tokenizer, run.train.accumulate) for loss in run.losses]
+        )
         self.optimizer = make_optimizer(model, decided, run.train.betas)
         self.average = None if run.train.ema is None else Average(model, run.train.ema)
         self.health = Health(experts_of(model), bias_rate(run))
@@ -167,11 +169,11 @@ def check_folder(out: Path, run: schema.Run, resume: bool, overwrite: bool) -> N
         raise ValueError(f"--out: {out} is a file")
 
 
-def objective(settings: schema.Loss, tokenizer: Tokenizer) -> Objective:
-    """The objective of a loss in the settings."""
+def objective(settings: schema.Loss, tokenizer: Tokenizer, accumulate: int = 1) -> Objective:
+    """The objective of a loss in the settings; `accumulate`: forward passes per step."""
     match settings:
         case schema.ItcLoss():
-            return Itc(settings.weight, settings.label_smoothing)
+            return Itc(settings.weight, settings.label_smoothing, accumulate if settings.over == "step" else 1)
         case schema.ItmLoss():
             return Itm(settings.weight, settings.label_smoothing)
         case schema.LmLoss():

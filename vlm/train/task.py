@@ -5,12 +5,13 @@ Letters: B images, M texts, P pairs.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vlm.data.batch import Batch, Text
@@ -22,12 +23,19 @@ from vlm.nn.tokens import IGNORE
 BALANCE = "balance"  # the losses that keep experts equally used
 
 
+class Pull(NamedTuple):
+    """Slopes of a loss that is made elsewhere, for the vectors of one batch (`vlm.train.pool`)."""
+
+    image: Float[Tensor, "B Q E"]
+    text: Float[Tensor, "M E"]
+
+
 class Views:
     """What a batch looks like to the model; each view is computed when first asked for, and once."""
 
-    def __init__(self, model: VisionLanguageModel, batch: Batch) -> None:
-        """`batch` is on the model's device."""
-        self.model, self.batch = model, batch
+    def __init__(self, model: VisionLanguageModel, batch: Batch, pull: Pull | None = None) -> None:
+        """`batch` is on the model's device; `pull`: the contrastive loss is made over more than this batch."""
+        self.model, self.batch, self.pull = model, batch, pull
         self.routings: list[Routing] = []  # of the mixtures of experts that were passed
 
     @cached_property
@@ -38,10 +46,18 @@ class Views:
     @cached_property
     def logits(self) -> Float[Tensor, "B M"]:
         """Contrastive logits of all images and texts of the batch."""
-        image = self.model.embed_image(self.seen)
-        text = self.model.embed_text(self.batch.captions)
-        out: Tensor = need(self.model.contrast, "contrastive head")(image, text)
+        out: Tensor = need(self.model.contrast, "contrastive head")(self.image, self.text)
         return out
+
+    @cached_property
+    def image(self) -> Float[Tensor, "B Q E"]:
+        """Unit vectors of the images."""
+        return self.model.embed_image(self.seen)
+
+    @cached_property
+    def text(self) -> Float[Tensor, "M E"]:
+        """Unit vectors of the texts."""
+        return self.model.embed_text(self.batch.captions)
 
 
 @runtime_checkable
@@ -69,9 +85,14 @@ class Itc:
 
     name = "itc"
 
-    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
-        """`label_smoothing`: 0.1 in BLIP-2."""
-        self.weight, self.label_smoothing = weight, label_smoothing
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0, passes: int = 1) -> None:
+        """`label_smoothing`: 0.1 in BLIP-2. `passes`: over so many passes of a step together (`vlm.train.pool`)."""
+        self.weight, self.label_smoothing, self.passes = weight, label_smoothing, passes
+
+    @property
+    def pooled(self) -> bool:
+        """Is it made over several passes?"""
+        return self.passes > 1
 
     def share(self, batch: Batch) -> int:
         """By texts."""
@@ -79,11 +100,18 @@ class Itc:
 
     def chance(self, images: int, texts: int) -> float:
         """ln B, if there is one text per image."""
-        return contrastive.chance(images, texts)
+        return contrastive.chance(self.passes * images, self.passes * texts)
 
     def __call__(self, views: Views) -> Float[Tensor, ""]:
-        """Mean of both directions."""
-        return contrastive.contrastive(views.logits, views.batch.positive, self.label_smoothing)
+        """Mean of both directions; where slopes are given, what has them as its gradient."""
+        if views.pull is not None:
+            pulled: Tensor = (views.image * views.pull.image).sum() + (views.text * views.pull.text).sum()
+            return pulled
+        return self.loss(views.logits, views.batch.positive)
+
+    def loss(self, logits: Float[Tensor, "B M"], positive: Bool[Tensor, "B M"]) -> Float[Tensor, ""]:
+        """Of given logits."""
+        return contrastive.contrastive(logits, positive, self.label_smoothing)
 
 
 class Itm:
@@ -153,6 +181,11 @@ def written_by_qformer(captions: Text, dec: int) -> Text:
     return replace(captions, ids=ids)
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Products in `precision`; norms, softmax and losses stay in fp32."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
 class Losses(NamedTuple):
     """The weighted sum, and each loss by itself (detached)."""
 
@@ -177,11 +210,18 @@ class Task(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: Batch, shares: dict[str, float] | None = None) -> Losses:
-        """`shares`: of each objective, what part of the step this micro-batch is (1 unless given)."""
-        views = Views(self.model, batch)
+    def forward(self, batch: Batch, shares: dict[str, float] | None = None, pull: Pull | None = None) -> Losses:
+        """`shares`: of each objective, what part of the step this micro-batch is (1 unless given).
+
+        `pull`: slopes of a contrastive loss over the whole step, which then stands in the total without its weight.
+        """
+        views = Views(self.model, batch, pull)
+        if pull is not None:  # the vectors first, as when the slopes were found, so that dropout draws the same numbers
+            _ = views.image, views.text
         each = {objective.name: objective(views) for objective in self.objectives}
         weights = {o.name: o.weight * (1.0 if shares is None else shares[o.name]) for o in self.objectives}
+        if pull is not None:
+            weights[Itc.name] = 1.0
         if views.routings:  # only the language model has experts, so they count as its texts do
             each[BALANCE] = torch.stack([routing.balance for routing in views.routings]).sum()
             weights[BALANCE] = 1.0 if shares is None else shares[Lm.name]

@@ -112,7 +112,7 @@ def test_chance_counts_all_passes(tmp_path: Path) -> None:
 
 
 def test_one_pass_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="over=step.*train.accumulate=1"):
+    with pytest.raises(ConfigError, match=r"over=step.*train\.accumulate=1"):
         tiny_run(tmp_path, "clip", "losses.0.over=step")
 
 

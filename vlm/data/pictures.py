@@ -61,7 +61,8 @@ class Records(Protocol):
     """The records of a source by number, in a fixed order; at most a few are in memory at a time."""
 
     files: list[Path]
-    bad: Counter[str]
+    bad: Counter[str]  # what names no picture or cannot be read, by reason
+    seen: int  # rows or files that were looked at
     about: str  # format and keys in words, for people
 
     def __len__(self) -> int:

@@ -13,9 +13,10 @@ from typing import Any
 
 from vlm.data.captions import Captions
 from vlm.data.image import BadSample
+from vlm.data.loader import MAX_WARNINGS
 from vlm.data.pictures import Record, Records, picture_id, picture_key
 from vlm.data.source_rows import Row, Rows, Whole
-from vlm.data.source_tables import MAX_WARNINGS, Table
+from vlm.data.source_tables import Table
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def _shape(found: Any) -> str:
     return type(found).__name__
 
 
-def _coco(file: Path, pictures: list[Row], annotations: list[Row], id_field: str | None) -> Records:
+def _coco(file: Path, pictures: list[Row], annotations: list[Row], id_field: str | None) -> Table:
     if annotations and "caption" not in annotations[0]:
         raise ValueError(
             f"{file}: its annotations have no caption, only {', '.join(annotations[0])}; "
@@ -71,6 +72,7 @@ def _coco(file: Path, pictures: list[Row], annotations: list[Row], id_field: str
     table = _table(file, "COCO captions (parsed whole)", rows, "file_name", id_field)
     if orphans:
         table.bad["caption of an unknown picture"] += orphans
+        table.seen += orphans
     return table
 
 
@@ -122,8 +124,9 @@ class Conversations:
         self._column = "conversations" if "conversations" in rows.columns else "messages"
         self.about = f"LLaVA conversations ({rows.kind}); picture: 'image', caption: the first answer"
         self.bad: Counter[str] = Counter()
-        self._numbers = array("q")
+        self._numbers, self.seen = array("q"), 0
         for number, found in enumerate(rows.scan(rows.columns)):
+            self.seen += 1
             try:
                 self._record(found)
                 self._numbers.append(number)
@@ -160,7 +163,8 @@ class Conversations:
 
 def _picture(row: Row, turns: list[Row]) -> str:
     found = row.get("image") or row.get("images") or [name for turn in turns for name in _shown(turn)]
-    paths = found if isinstance(found, list) else [found]
+    shown = found if isinstance(found, list) else [found]
+    paths = [path for place, path in enumerate(shown) if path not in shown[:place]]
     if len(paths) > 1:
         raise BadSample("several pictures", f"{len(paths)} in one record")
     if not paths or not isinstance(paths[0], str) or not paths[0].strip():

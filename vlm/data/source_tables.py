@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from vlm.data.captions import Captions
 from vlm.data.image import BadSample
+from vlm.data.loader import MAX_WARNINGS
 from vlm.data.pictures import Record, picture_id, picture_key
 from vlm.data.source_rows import Row, Rows
 
@@ -21,7 +22,7 @@ IMAGE = (
 CAPTION = (
     "caption", "captions", "text", "txt", "title", "comment", "sentence", "sentences", "description", "alt_text", "raw",
 )  # fmt: skip
-MAX_WARNINGS = 10  # rows that are named in the log; the rest are only counted
+_DIGEST = 16  # bytes; two pictures of equal digest are as good as impossible
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,9 @@ class Table:
                 if self.bad.total() < MAX_WARNINGS:
                     log.warning("unusable %s: %s", rows.where(number), bad)
                 self.bad[bad.reason] += 1
+        self.seen = len(kept) + self.bad.total()
         # `_order[_starts[i] : _starts[i + 1]]` are the rows of record i.
-        self._order, self._starts = _group(np.array(kept, dtype=np.int64), np.frombuffer(digests, dtype="V16"))
+        self._order, self._starts = _group(np.array(kept, dtype=np.int64), bytes(digests))
         self.about = f"{rows.kind}; picture: {self._image!r}, captions: {self._caption!r}" + (
             "" if id_field is None else f", id: {id_field!r}"
         )
@@ -117,12 +119,14 @@ def _picture(row: Row | BadSample, column: str) -> str | bytes:
 
 def _digest(picture: str | bytes, number: int) -> bytes:
     own = picture_id(picture) if isinstance(picture, str) else f"\0{number}"
-    return hashlib.blake2b(own.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(own.encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()
 
 
 def _id_of(picture: str | bytes) -> str:
     """Equal for equal paths, and for equal bytes where the table holds those: their paths are often all one name."""
-    return picture_id(picture) if isinstance(picture, str) else hashlib.blake2b(picture, digest_size=16).hexdigest()
+    return (
+        picture_id(picture) if isinstance(picture, str) else hashlib.blake2b(picture, digest_size=_DIGEST).hexdigest()
+    )
 
 
 def _own_path(value: Any) -> str | None:
@@ -134,11 +138,10 @@ def _binary(value: Any) -> bool:
     return isinstance(value, bytes) or (isinstance(value, dict) and any(map(_binary, value.values())))
 
 
-def _group(
-    rows: npt.NDArray[np.int64], digests: npt.NDArray[np.void]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _group(rows: npt.NDArray[np.int64], digests: bytes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Rows of equal digest side by side, in the order of their first ones; where each group starts, and the end."""
-    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+    own = np.frombuffer(digests, dtype=f"V{_DIGEST}")
+    _, first, group = np.unique(own, return_index=True, return_inverse=True)
     rank = np.empty_like(first)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))
     place = rank[group]

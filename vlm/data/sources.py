@@ -120,7 +120,7 @@ class Source:
         self.about = f"{self.files[0]}: {records.about}; {len(self)} pictures" + (f"; left out: {left}" if left else "")
         if not len(self):
             raise ValueError(f"{self.about}: nothing to use")
-        check_bad(self.bad, len(self) + self.bad.total(), max_bad_fraction, str(self.files[0]))
+        check_bad(self.bad, records.seen, max_bad_fraction, str(self.files[0]))
         self._refuse_unusable()
 
     def __len__(self) -> int:
@@ -197,6 +197,7 @@ class PictureFolder:
             shown = sorted(name for name in names if not name.startswith("."))
             seen.update(Path(name).suffix.lower() for name in shown)
             self._add(os.path.relpath(where, folder), shown)
+        self.seen = len(self) + self.bad.total()
         self.about = f"folder of pictures with {' or '.join(self._beside)} beside them"
         if not len(self):
             found = ", ".join(f"{suffix or 'no suffix'} ({count})" for suffix, count in seen.most_common(12))

@@ -1,11 +1,12 @@
-"""Tar files that are the same bytes for the same samples, keys that fit into them, a folder that is whole or not there."""
+"""Tar files that are the same bytes for the same samples, keys that fit in, a folder that is whole or not there."""
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from vlm.data.pictures import Pictures
-
+INDEX, SIZES = "index.json", "sizes.json"  # beside the tars
 MAX_NAME = 80  # characters of a key; a member of a plain tar has room for a hundred
 
 
@@ -26,9 +26,9 @@ class Names:
     In memory are eight bytes a sample.
     """
 
-    def __init__(self, source: Pictures) -> None:
-        """Read all keys once."""
-        digests = np.fromiter((_digest(safe(source.key(i))) for i in range(len(source))), np.uint64, len(source))
+    def __init__(self, keys: Iterable[str]) -> None:
+        """`keys`: of all samples, in order."""
+        digests = np.fromiter((_digest(safe(key)) for key in keys), np.uint64)
         self._all, counts = np.unique(digests, return_counts=True)
         self._repeated = self._all[counts > 1]
 
@@ -125,38 +125,66 @@ class Tars:
             self._file = None
 
 
+def check_out(out: Path, overwrite: bool, sources: Sequence[str] = ()) -> None:
+    """Refuses a folder that is not ours to replace, before any work. Changes nothing."""
+    if out.exists():
+        if not out.is_dir():
+            raise ValueError(f"{out}: is a file; shards are written into a folder of their own")
+        if strange := sorted({file.name for file in out.iterdir()} - _written(out)):
+            raise ValueError(
+                f"{out}: holds {strange[0]}, which `vlm shards write` has not written; choose another folder"
+            )
+        if not overwrite and any(out.iterdir()):
+            raise ValueError(f"{out}: exists already; choose another folder, or --overwrite it")
+    for name in sources:
+        path = Path(name).expanduser().resolve()
+        if out.resolve() in (path, *path.parents) or (path.is_dir() and path in out.resolve().parents):
+            raise ValueError(f"{out}: and the source {name} lie in each other; write to a folder beside it")
+
+
+def _written(out: Path) -> set[str]:
+    """The files that the index of a finished folder names."""
+    try:
+        index = json.loads((out / INDEX).read_text(encoding="utf-8"))
+        return {INDEX, SIZES, *(str(shard["file"]) for shard in index["shards"])}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
 @contextmanager
-def drafted(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, locked while it is filled and gone afterwards; a left one is cleared first."""
+def drafted(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder beside `out`, which becomes `out` at the end; locked while it is filled, gone after an error.
+
+    Errors: as of `check_out`; another process fills it.
+    """
+    check_out(out, overwrite)
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft, old = _beside(out)
+    draft, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
     draft.mkdir(exist_ok=True)
     with (draft / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{out}: another process is writing it now") from None
-        if old.exists() and not out.exists():  # killed between the two steps of replacing it
-            old.replace(out)
-        for left in draft.iterdir():
-            if left.name != ".lock":
-                left.unlink()
         try:
+            if old.exists() and not out.exists():  # killed between the two steps of replacing it
+                old.replace(out)
+                check_out(out, overwrite)
+            for left in draft.iterdir():
+                if left.name != ".lock":
+                    left.unlink()
             yield draft
+            _publish(draft, out, old)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def publish(draft: Path, out: Path) -> None:
+def _publish(draft: Path, out: Path, old: Path) -> None:
     """Gives the draft its name; what had it before goes last."""
-    _, old = _beside(out)
     shutil.rmtree(old, ignore_errors=True)
     (draft / ".lock").unlink()
     if out.exists():
         out.replace(old)
     draft.replace(out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(out: Path) -> tuple[Path, Path]:
-    return out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")

@@ -17,16 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.image import BadSample, decode
+from vlm.data.loader import MAX_WARNINGS
 from vlm.data.pictures import Pictures
 from vlm.data.shards import check_bad
 from vlm.data.sources import PICTURES, Source, open_pictures
-from vlm.data.tars import Names, Tars, drafted, publish
+from vlm.data.tars import INDEX, SIZES, Names, Tars, check_out, drafted
 
-INDEX, SIZES = "index.json", "sizes.json"
 KEY, PICTURE = "key", "picture"  # fields of each sample's json: the key in the source; samples equal in the other
 LIMIT = 0.05  # share of bad samples
 QUALITY = 95  # of JPEGs that are written anew
-MAX_WARNINGS = 10  # bad samples that are named; the rest are only counted
 _KNOWN = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 
 log = logging.getLogger(__name__)
@@ -104,22 +103,6 @@ def _as_text(out: Path, index: dict[str, Any]) -> str:
     )
 
 
-def check_out(out: Path, overwrite: bool, sources: Sequence[str] = ()) -> None:
-    """Refuses a folder that is not ours to replace, before any work. Changes nothing."""
-    if out.exists():
-        if not out.is_dir():
-            raise ValueError(f"{out}: is a file; shards are written into a folder of their own")
-        ours = (out / INDEX).is_file() or not any(out.iterdir())
-        if not ours:
-            raise ValueError(f"{out}: holds files that `vlm shards write` has not written; choose another folder")
-        if not overwrite:
-            raise ValueError(f"{out}: exists already; choose another folder, or --overwrite it")
-    for name in sources:
-        path = Path(name).expanduser().resolve()
-        if out.resolve() in (path, *path.parents) or (path.is_dir() and path in out.resolve().parents):
-            raise ValueError(f"{out}: and the source {name} lie in each other; write to a folder beside it")
-
-
 def write_shards(
     source: Pictures,
     out: Path,
@@ -134,8 +117,7 @@ def write_shards(
     ValueError: more than the source's `max_bad_fraction` of bad samples, none left, `out` exists or is being written.
     """
     options = options or Options()
-    check_out(out, options.overwrite)
-    with drafted(out) as draft:
+    with drafted(out, options.overwrite) as draft:
         index = {"format": options.about, **asdict(recipe), **_fill(draft, source, recipe, options)}
         sizes = {shard["file"]: shard["samples"] for shard in index["shards"]}
         for name, content in ((SIZES, sizes), (INDEX, index)):
@@ -143,7 +125,6 @@ def write_shards(
                 file.write(jsonlib.dumps(content, indent=1, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        publish(draft, out)
     return index
 
 
@@ -151,19 +132,19 @@ def _fill(draft: Path, source: Pictures, recipe: Recipe, options: Options) -> di
     """All samples into tars in the folder; the counts."""
     bad, changed = source.bad.copy(), Counter[str]()
     captions, name = 0, str(source.files[0])
-    names = Names(source)
+    names = Names(source.key(index) for index in range(len(source)))
     tars = Tars(draft, recipe.samples, recipe.max_mb * 2**20)
     for index, made in enumerate(_progress(_made(source, recipe, options), len(source))):
         if isinstance(made, _Bad):
             if bad.total() - source.bad.total() < MAX_WARNINGS:
                 log.warning("unusable sample %s", made.message)
             bad[made.reason] += 1
-            check_bad(bad, index + 1 + source.bad.total(), source.max_bad_fraction, name)
-            continue
-        key = names(index, made.key)
-        tars.add(key, made.members)
-        captions += made.captions
-        changed += Counter(renamed=key != made.key, re_encoded=made.re_encoded)
+        else:
+            key = names(index, made.key)
+            tars.add(key, made.members)
+            captions += made.captions
+            changed += Counter(renamed=key != made.key, re_encoded=made.re_encoded)
+        check_bad(bad, index + 1 + source.bad.total(), source.max_bad_fraction, name)
     tars.close()
     if not tars.written or (
         options.strict and bad.total() > source.max_bad_fraction * (len(source) + source.bad.total())

@@ -19,7 +19,8 @@ from vlm.config.language import (
 )
 from vlm.data.image import Augment, ImageTransform
 from vlm.data.loader import Loader
-from vlm.data.shards import Shards
+from vlm.data.pictures import Pictures
+from vlm.data.sources import open_pictures
 from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from vlm.model import language
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
@@ -224,13 +225,15 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
             assert_never(settings)
 
 
-def shards(settings: schema.PairData, spec: str | list[str]) -> Shards:
-    """An index over tar shards."""
-    return Shards(spec, settings.image, settings.caption, settings.id, settings.max_bad_fraction)
+def shards(settings: schema.PairData, spec: str | list[str]) -> Pictures:
+    """An index over tar shards, or over what else `spec` names."""
+    return open_pictures(
+        spec, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction
+    )
 
 
 def training_loader(
-    run: schema.Run, source: Shards, transform: ImageTransform, tokens: Tokenizer, image_tokens: int
+    run: schema.Run, source: Pictures, transform: ImageTransform, tokens: Tokenizer, image_tokens: int
 ) -> Loader:
     """Endless batches for training, augmented."""
     data = run.pairs
@@ -252,7 +255,7 @@ def training_loader(
 
 
 def evaluation_loader(
-    run: schema.Run, source: Shards, transform: ImageTransform, tokens: Tokenizer, image_tokens: int = 0
+    run: schema.Run, source: Pictures, transform: ImageTransform, tokens: Tokenizer, image_tokens: int = 0
 ) -> Loader:
     """Every sample once, as it is, with all its captions."""
     return Loader(

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from vlm import __version__
+from vlm.cli_shards import shards
 
 folder = click.Path(path_type=Path)
 config_argument = click.argument("config", type=folder)
@@ -106,6 +107,9 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
     from vlm.config.schema import Run
 
     click.echo(dump(load(Run, config, overrides)), nl=False)
+
+
+app.add_command(shards)
 
 
 def main() -> None:

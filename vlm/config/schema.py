@@ -159,12 +159,18 @@ class PairData(Section):
     """Pictures with captions: where they come from and what is made of them."""
 
     kind: Literal["pairs"] = "pairs"
-    train: str | list[str] = Field(description="shards: a folder, a glob, braces {000..009}, or a list of these")
+    train: str | list[str] = Field(
+        description="shards: a folder, a glob, braces {000..009}, or a list of these; or a folder of pictures and "
+        ".txt, a table (CSV, TSV, JSON lines, Parquet), COCO, Karpathy (file.json#split) or LLaVA JSON"
+    )
     val: str | list[str] | None = None
-    image: str = Field("jpg;png;jpeg;webp", description="suffixes of the image, first found wins")
-    caption: str = Field("txt;json:caption", description="txt (one caption a line) or json:FIELD, first found wins")
+    images: str | None = Field(None, description="folder that a table's paths are relative to; its own unless given")
+    image: str = Field("jpg;png;jpeg;webp", description="suffixes of the image, or a table's column; first found wins")
+    caption: str = Field(
+        "txt;json:caption", description="txt (one caption a line) or json:FIELD (also a column), first found wins"
+    )
     id: str | None = Field(
-        None, description="json field that says which samples show the same thing; the key unless given"
+        None, description="json field or column that says which samples show the same thing; the key unless given"
     )
     prompt: str = Field("{image}{text}", description="how image and caption stand in the language model's text")
     max_tokens: Positive = Field(32, description="longest text; captions are cut, image tokens never")

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.batch import Batch, collate
 from vlm.data.image import Augment, BadSample, ImageTransform, decode
-from vlm.data.shards import Sample, Shards, check_bad
+from vlm.data.pictures import Pictures
+from vlm.data.shards import Sample, check_bad
 from vlm.data.text import Tokenizer
 
 MAX_TRIES = 100  # replacements in a row for one bad sample
@@ -68,7 +69,7 @@ class _Steps(Dataset[_Work]):
 
 
 class Loader:
-    """Batches for training and for evaluation from one set of shards.
+    """Batches for training and for evaluation from one set of shards, or of pictures in any other form.
 
     `captions_per_image`: captions drawn per sample in training, the first ones in evaluation; 0: all of them.
     `keep_first`: the first caption of a sample is always among those drawn.
@@ -78,7 +79,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Pictures,
         transform: ImageTransform,
         tokenizer: Tokenizer,
         batch_size: int,

@@ -2,7 +2,6 @@
 
 import difflib
 import glob
-import json
 import logging
 import os
 import re
@@ -20,10 +19,10 @@ from braceexpand import braceexpand
 from jaxtyping import UInt8
 from torch import Tensor
 
+from vlm.data.captions import caption_spec, find_captions, json_fields, parse_caption
 from vlm.data.image import BadSample
 
 MAX_BYTES = 2**28  # of one member; a larger one is damage or no picture
-MAX_CHARACTERS = 10_000  # of one caption; the rest could never be used
 MIN_SEEN = 100  # samples before the share of bad ones means something
 _BLOCK = 512
 
@@ -95,17 +94,6 @@ def _nearest(path: Path, suffixes: tuple[str, ...]) -> str:
     return f"{missing}; {'that folder holds ' + ', '.join(near) if near else 'that folder is empty'}"
 
 
-def _parse_caption(spec: str) -> list[tuple[str, str | None]]:
-    """ "txt;json:caption" -> [("txt", None), ("json", "caption")]."""
-    found = []
-    for part in spec.split(";"):
-        suffix, colon, name = part.strip().partition(":")
-        if not suffix or (colon and not name) or (suffix == "json" and not name):
-            raise ValueError(f"caption={spec!r}: write txt, json:FIELD, or several separated by ';'")
-        found.append((suffix.lower(), name or None))
-    return found
-
-
 class _Table:
     """The index while it is read: flat arrays, since one object per member would take ten times the memory."""
 
@@ -149,7 +137,7 @@ class Shards:
         self._damage: list[str] = []
         self.max_bad_fraction = max_bad_fraction
         self._images = [suffix.strip().lower() for suffix in image.split(";")]
-        self._captions = _parse_caption(caption)
+        self._captions = parse_caption(caption)
         self._id_field = id_field
         suffixes = [*self._images, *(suffix for suffix, _ in self._captions), "json"]
         self._columns = {suffix: i for i, suffix in enumerate(dict.fromkeys(suffixes))}
@@ -179,15 +167,16 @@ class Shards:
         """Read one sample. BadSample when its captions cannot be used; ValueError when the shard has changed."""
         wanted = next(suffix for suffix in self._images if self._place[index, self._columns[suffix], 0] >= 0)
         data = self._read(index, [wanted])
-        fields = _fields(data["json"]) if "json" in data else {}
-        return RawSample(self.key(index), self._id(index, fields), data[wanted], self._texts(data, fields), fields)
+        fields = json_fields(data["json"]) if "json" in data else {}
+        texts = find_captions(self._captions, data, fields)
+        return RawSample(self.key(index), self._id(index, fields), data[wanted], texts, fields)
 
     def captions(self) -> Iterator[str]:
         """All captions of all usable samples, in order; pictures are not read."""
         for index in range(len(self)):
             try:
                 data = self._read(index, [])
-                yield from self._texts(data, _fields(data["json"]) if "json" in data else {})
+                yield from find_captions(self._captions, data, json_fields(data["json"]) if "json" in data else {})
             except BadSample:
                 continue
 
@@ -209,18 +198,6 @@ class Shards:
                     handle.seek(offset)
                     data[suffix] = handle.read(size)
         return data
-
-    def _texts(self, data: dict[str, bytes], fields: dict[str, Any]) -> list[str]:
-        for suffix, name in self._captions:
-            if suffix not in data:
-                continue
-            if name is None:
-                found: Any = _utf8(data[suffix]).split("\n")
-            else:
-                found = (fields if suffix == "json" else _fields(data[suffix])).get(name)
-            if found is not None:
-                return _clean([found] if isinstance(found, str) else found)
-        raise BadSample("no caption", f"looked for {self._caption_spec()}")
 
     def _id(self, index: int, fields: dict[str, Any]) -> str:
         if self._id_field is None:
@@ -287,7 +264,7 @@ class Shards:
 
     def _refuse_unusable(self, seen: Counter[str]) -> None:
         names = f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
-        wanted = f"image={';'.join(self._images)!r}, caption={self._caption_spec()!r}"
+        wanted = f"image={';'.join(self._images)!r}, caption={caption_spec(self._captions)!r}"
         if not len(self) and self._damage:
             raise ValueError("\n".join([*self._damage[:5], f"{names}: no sample has both picture and caption"]))
         if not len(self):
@@ -308,14 +285,11 @@ class Shards:
             self.raw(index)
         except BadSample as bad:
             try:
-                names = sorted(_fields(self._read(index, [])["json"]))
+                names = sorted(json_fields(self._read(index, [])["json"]))
             except (BadSample, KeyError):
                 return str(bad)
             return f"{bad}; fields of its json: {', '.join(names)}"
         return ""
-
-    def _caption_spec(self) -> str:
-        return ";".join(suffix if name is None else f"{suffix}:{name}" for suffix, name in self._captions)
 
 
 def check_bad(bad: Counter[str], seen: int, limit: float, where: str) -> None:
@@ -367,31 +341,3 @@ def _damage(file: Path, end: int) -> str:
     if not end:
         return "is not a tar file, or its very beginning is damaged; fetch or write it anew"
     return f"is cut off or damaged at or after byte {end} of {file.stat().st_size}; fetch or write it anew"
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample("not UTF-8", str(error)) from None
-
-
-def _fields(data: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(_utf8(data))
-    except (ValueError, RecursionError) as error:
-        raise BadSample("unreadable json", str(error)) from None
-    if not isinstance(fields, dict):
-        raise BadSample("unreadable json", "no object with fields")
-    return fields
-
-
-def _clean(captions: Any) -> list[str]:
-    """Captions with white space and control characters folded to single spaces, half surrogate pairs replaced."""
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        raise BadSample("caption is not text", repr(captions)[:80])
-    whole = (text[:MAX_CHARACTERS].encode("utf-8", "replace").decode() for text in captions)
-    folded = (" ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split()) for text in whole)
-    if kept := [text for text in folded if text]:
-        return kept
-    raise BadSample("empty caption")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vlm import build
 from vlm.data.image import BadSample, decode
-from vlm.data.shards import Shards
 from vlm.eval.describe import describe
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
@@ -40,7 +39,7 @@ def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = Non
     if model.contrast is None:
         raise ValueError(f"{trained.folder} was trained without itc, so it cannot rank images and texts")
     data, transform = trained.run.pairs, need(model.vision, "image encoder").transform
-    source = Shards(list(shards), data.image, caption or data.caption, data.id, data.max_bad_fraction)
+    source = build.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
     loader = build.evaluation_loader(trained.run, source, transform, trained.tokenizer)
     features = extract(model, loader, keep_tokens=model.match is not None)
     arguments = (features.image, features.text, features.image_ids, features.text_ids)

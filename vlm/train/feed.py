@@ -15,8 +15,10 @@ from vlm.data.batch import Batch, Text
 from vlm.data.documents import Documents
 from vlm.data.loader import Loader
 from vlm.data.pack import PackedLoader, pack
+from vlm.data.sources import Source
 from vlm.data.text import Tokenizer
 from vlm.model.vlm import VisionLanguageModel, need
+from vlm.train.log import note
 
 PACKED = "packed"  # ids of the texts, in the run's folder
 
@@ -57,12 +59,14 @@ def feed(run: schema.Run) -> Feed:
 
 
 class PairFeed:
-    """Shards of pictures with captions."""
+    """Shards of pictures with captions, or another source of them."""
 
     def __init__(self, run: schema.Run, data: schema.PairData) -> None:
-        """Errors: names that lead to no shard."""
+        """Errors: names that lead to no shard or source."""
         self._run, self._data = run, data
         self._shards = build.shards(data, data.train)
+        if isinstance(self._shards, Source):
+            note(self._shards.about)
         self._loader: Loader | None = None
         self.texts = run.train.batch_size * data.captions_per_image
 

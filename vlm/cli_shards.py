@@ -1,0 +1,73 @@
+"""`vlm shards`: the verbs that make and look at data sets. Arguments only, as in `vlm.cli`."""
+
+from pathlib import Path
+
+import click
+
+folder = click.Path(path_type=Path)
+
+
+@click.group()
+def shards() -> None:
+    """Write data sets as tar shards."""
+
+
+@shards.command()
+@click.argument("source", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("out", type=folder)
+@click.option("--images", type=folder, help="Folder that the paths of pictures are relative to; the file's own if not.")
+@click.option("--image-key", metavar="NAME", help="Column with the picture; of tars and folders its suffixes: jpg;png.")
+@click.option("--caption-key", metavar="NAME", help="Column, or field of the json beside a picture, with the captions.")
+@click.option("--id-key", metavar="NAME", help="Column or json field, equal where the same picture is shown.")
+@click.option("--split", metavar="NAMES", help="Splits of Karpathy's JSON, such as train,restval.")
+@click.option("--samples-per-shard", type=int, default=10_000, show_default=True)
+@click.option("--max-mb", type=int, default=1000, show_default=True, help="Largest shard, in MiB.")
+@click.option("--size", type=int, help="Shrink pictures to this shorter side; they become JPEG.")
+@click.option("--quality", type=int, help="Re-encode all pictures as JPEG of this quality; 95 for those shrunk if not.")
+@click.option("--no-check", is_flag=True, help="Do not decode pictures that are copied.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read and encode.")
+@click.option(
+    "--max-bad-fraction", type=click.FloatRange(0, 1), help="Stop above it; 0.05 of 100 and more if not given."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the shards that OUT holds.")
+@click.option("--json", is_flag=True, help="Print JSON.")
+def write(
+    source: tuple[str, ...],
+    out: Path,
+    images: Path | None,
+    image_key: str | None,
+    caption_key: str | None,
+    id_key: str | None,
+    split: str | None,
+    samples_per_shard: int,
+    max_mb: int,
+    size: int | None,
+    quality: int | None,
+    no_check: bool,
+    workers: int,
+    max_bad_fraction: float | None,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    """Write any source of pictures and captions as tar shards.
+
+    SOURCE is a folder of pictures with .txt beside them, a table (CSV, TSV, JSON lines, Parquet), COCO captions,
+    Karpathy's JSON, Flickr30k's token file, LLaVA's conversations, or tar shards; its layout is recognised and printed.
+    """
+    from vlm.data.sources import PICTURES
+    from vlm.data.write import Recipe
+    from vlm.data.write import write as run
+
+    run(
+        [f"{name}#{split}" if split else name for name in source],
+        out,
+        Recipe(samples_per_shard, max_mb, size, quality, not no_check),
+        image=image_key or PICTURES,
+        caption=f"json:{caption_key}" if caption_key else "txt;json:caption",
+        id_field=id_key,
+        images=images,
+        workers=workers,
+        max_bad_fraction=max_bad_fraction,
+        overwrite=overwrite,
+        json=json,
+    )

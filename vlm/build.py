@@ -17,19 +17,21 @@ from vlm.config.language import (
     RetentionMixer,
     TransformerLanguage,
 )
-from vlm.data.image import Augment, ImageTransform
+from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
+from vlm.data.image import Augment
 from vlm.data.loader import Loader
 from vlm.data.pictures import Pictures
 from vlm.data.sources import open_pictures
 from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
-from vlm.model import language
+from vlm.model import language, vlm
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import Decoder, LearnedPositions
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
-from vlm.model.vlm import VisionLanguageModel
+from vlm.model.vlm import VisionLanguageModel, need
+from vlm.model.weights.files import fingerprint
 from vlm.nn.attention import Attention
 from vlm.nn.backend import bfloat16_is_fast
 from vlm.nn.block import PostNorm, PreNorm
@@ -225,18 +227,47 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
             assert_never(settings)
 
 
+def feature_info(settings: schema.Vision, encoder: vlm.ImageEncoder, dtype: FeatureDtype = "float32") -> FeatureInfo:
+    """What features of an encoder are, and what they come from."""
+    tokens, dim, shown = encoder.tokens, encoder.dim, repr(encoder.transform)
+    assert isinstance(encoder, nn.Module)
+    state = encoder.state_dict()
+    made = settings.model_dump_json(exclude={"weights", "frozen"})
+    return FeatureInfo(tokens, dim, dtype, made, fingerprint(state, list(state)), shown)
+
+
+def transform(run: schema.Run, model: VisionLanguageModel, source: Pictures) -> Transform:
+    """How the samples of a source become what the model takes. Errors: features of another encoder, or augmented."""
+    encoder = need(model.vision, "image encoder")
+    if not isinstance(source, FeatureShards):
+        return encoder.transform
+    settings = run.model.vision
+    assert settings is not None
+    if not settings.frozen:
+        raise ValueError(f"model.vision.frozen=false: an encoder that learns cannot learn from {source.folder}")
+    source.info.refuse_other(feature_info(settings, encoder), source.folder)
+    return source.info
+
+
 def shards(settings: schema.PairData, spec: str | list[str]) -> Pictures:
-    """An index over tar shards, or over what else `spec` names."""
+    """An index over tar shards of pictures or features, or over what else `spec` names."""
+    if (features := open_features(spec, settings.max_bad_fraction)) is not None:
+        return features
     return open_pictures(
         spec, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction
     )
 
 
 def training_loader(
-    run: schema.Run, source: Pictures, transform: ImageTransform, tokens: Tokenizer, image_tokens: int
+    run: schema.Run, source: Pictures, transform: Transform, tokens: Tokenizer, image_tokens: int
 ) -> Loader:
-    """Endless batches for training, augmented."""
+    """Endless batches for training, augmented. Errors: features, which cannot be."""
     data = run.pairs
+    if isinstance(source, FeatureShards) and data.augment is not None:
+        raise ValueError(
+            f"data.augment: it changes pictures, and {source.folder} holds what an encoder made of them; "
+            "set data.augment=null, or train on the pictures"
+        )
     return Loader(
         source,
         transform,
@@ -255,7 +286,7 @@ def training_loader(
 
 
 def evaluation_loader(
-    run: schema.Run, source: Pictures, transform: ImageTransform, tokens: Tokenizer, image_tokens: int = 0
+    run: schema.Run, source: Pictures, transform: Transform, tokens: Tokenizer, image_tokens: int = 0
 ) -> Loader:
     """Every sample once, as it is, with all its captions."""
     return Loader(

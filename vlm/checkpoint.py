@@ -4,7 +4,6 @@ A run folder holds config.yaml, tokenizer.json, metrics.jsonl, step-0001000/ …
 `best`, where that is kept too, names the one of the lowest validation loss.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vlm.model.weights.files import differences, read
+from vlm.model.weights.files import differences, fingerprint, read
 
 CONFIG, LATEST, BEST = "config.yaml", "latest", "best"
 
@@ -44,16 +43,6 @@ def divide(model: nn.Module, sourced: Collection[str]) -> Stored:
         asleep = name not in learning if name in parameters else part not in awake
         (frozen if part in sourced and asleep else kept).append(name)
     return Stored(kept, frozen, fingerprint(model.state_dict(), frozen))
-
-
-def fingerprint(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
-    """SHA-256 over names and bytes, the same on every device."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def save(

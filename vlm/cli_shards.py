@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 folder = click.Path(path_type=Path)
+FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @click.group()
@@ -71,3 +72,22 @@ def write(
         overwrite=overwrite,
         json=json,
     )
+
+
+@shards.command()
+@click.argument("config", type=folder)
+@click.argument("out", type=folder)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--dtype", type=click.Choice(FEATURE_DTYPES), default="float16", show_default=True, help="What is stored."
+)
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read pictures.")
+@click.option("--overwrite", is_flag=True, help="Replace the features that OUT holds.")
+def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, workers: int, overwrite: bool) -> None:
+    """Keep what a frozen image encoder gives, to train without it.
+
+    Writes what CONFIG's encoder makes of data.train into OUT/train, of data.val into OUT/val; name them in their place.
+    """
+    from vlm.train.features import features as run
+
+    run(config, list(overrides), out, dtype, workers, overwrite)  # type: ignore[arg-type]  # click checked the choice

@@ -46,7 +46,7 @@ class Batch:
     """B images with M texts drawn from them; a text is positive for all images it describes, not only for its owner."""
 
     keys: list[str]  # B
-    images: Tensor | None  # B 3 H W: uint8 from `collate`, float (normalised) from the loader; None for text alone
+    images: Tensor | None  # B 3 H W: uint8 from `collate`, float (normalised) from the loader; B N C: finished features
     image_ids: list[str]  # B: samples of equal id show the same thing
     owner: Int[Tensor, "M"]  # the image each text was drawn from
     strings: list[str]  # M

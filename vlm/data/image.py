@@ -121,6 +121,10 @@ class ImageTransform:
     crop_fraction: float = 1.0
     fill: tuple[int, int, int] = (0, 0, 0)
 
+    def read(self, data: bytes) -> UInt8[Tensor, "3 H W"]:
+        """As `pixels`, from the bytes of a file. BadSample."""
+        return self.pixels(decode(data))
+
     def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 H W"]:
         """The resized and cropped picture, 0..255."""
         rgb = image if image.mode == "RGB" else image.convert("RGB")

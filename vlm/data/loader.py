@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.batch import Batch, collate
-from vlm.data.image import Augment, BadSample, ImageTransform, decode
+from vlm.data.features import Transform
+from vlm.data.image import Augment, BadSample
 from vlm.data.pictures import Pictures
 from vlm.data.shards import Sample, check_bad
 from vlm.data.text import Tokenizer
@@ -80,7 +81,7 @@ class Loader:
     def __init__(
         self,
         shards: Pictures,
-        transform: ImageTransform,
+        transform: Transform,
         tokenizer: Tokenizer,
         batch_size: int,
         *,
@@ -211,12 +212,12 @@ class Loader:
             return self._cache[index]
         try:
             raw = self.shards.raw(index)
-            pixels = self.transform.pixels(decode(raw.image))
+            pixels = self.transform.read(raw.image)
         except BadSample as error:
             bad.append((error.reason, f"{self.shards.where(index)}: {error}"))
             return None
         sample = Sample(raw.key, raw.id, pixels, raw.captions, frozenset(raw.captions))
-        size = pixels.numel() + sum(map(len, raw.captions))
+        size = pixels.nbytes + sum(map(len, raw.captions))
         if size <= self._room:
             self._room -= size
             self._cache[index] = sample

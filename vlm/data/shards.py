@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from braceexpand import braceexpand
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vlm.data.captions import caption_spec, find_captions, json_fields, parse_caption
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and the captions drawn for it; `known` holds every caption of the record."""
+    """One picture (or its features) and the captions drawn for it; `known` holds every caption of the record."""
 
     key: str
     id: str
-    pixels: UInt8[Tensor, "3 H W"]
+    pixels: UInt8[Tensor, "3 H W"] | Float[Tensor, "N C"]
     captions: list[str]
     known: frozenset[str] = frozenset()
 

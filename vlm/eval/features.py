@@ -32,14 +32,14 @@ class Features:
 @torch.no_grad()
 def extract(model: VisionLanguageModel, loader: Loader, keep_tokens: bool) -> Features:
     """One pass over the data, in fp32; `keep_tokens`: also what `match_pairs` needs."""
-    device, vision = next(model.parameters()).device, need(model.vision, "image encoder")
+    device = next(model.parameters()).device
     number: dict[str, int] = {}
     images, texts, image_ids, text_ids = [], [], list[int](), list[int]()
     tokens, words = list[Tensor](), list[Tensor]()
     with fast_float32():
         for batch in loader.once():
             batch = batch.to(device)
-            visual = vision(batch.pixels)
+            visual = model.encode(batch.pixels)
             images.append(model.embed_image(model.connect(visual)))
             texts.append(model.embed_text(batch.captions))
             ids = [number.setdefault(name, len(number)) for name in batch.image_ids]

@@ -38,9 +38,11 @@ def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = Non
     model = trained.model
     if model.contrast is None:
         raise ValueError(f"{trained.folder} was trained without itc, so it cannot rank images and texts")
-    data, transform = trained.run.pairs, need(model.vision, "image encoder").transform
+    data = trained.run.pairs
     source = build.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
-    loader = build.evaluation_loader(trained.run, source, transform, trained.tokenizer)
+    loader = build.evaluation_loader(
+        trained.run, source, build.transform(trained.run, model, source), trained.tokenizer
+    )
     features = extract(model, loader, keep_tokens=model.match is not None)
     arguments = (features.image, features.text, features.image_ids, features.text_ids)
     found: dict[str, Any] = {"itc": summarize(rank_counts(*arguments))}

@@ -90,9 +90,15 @@ class VisionLanguageModel(nn.Module):
         self.text, self.language = text, language
         self.contrast, self.match = contrast, match
 
-    def see(self, images: Float[Tensor, "B 3 H W"]) -> Seen:
-        """Looks at the images once."""
-        return self.connect(need(self.vision, "image encoder")(images))
+    def see(self, images: Tensor) -> Seen:
+        """Looks at the images once; as of `encode`."""
+        return self.connect(self.encode(images))
+
+    def encode(self, images: Tensor) -> Float[Tensor, "B N C"]:
+        """Image tokens of normalised pixels (B 3 H W), or features that the encoder gave before (B N C) as they are."""
+        if images.ndim == 3:
+            return images.float()
+        return need(self.vision, "image encoder")(images)
 
     def connect(self, image: Float[Tensor, "B N C"]) -> Seen:
         """Runs the connector on image tokens (from `vision`, or a cache of it)."""

@@ -17,7 +17,7 @@ from vlm.data.loader import Loader
 from vlm.data.pack import PackedLoader, pack
 from vlm.data.sources import Source
 from vlm.data.text import Tokenizer
-from vlm.model.vlm import VisionLanguageModel, need
+from vlm.model.vlm import VisionLanguageModel
 from vlm.train.log import note
 
 PACKED = "packed"  # ids of the texts, in the run's folder
@@ -76,12 +76,13 @@ class PairFeed:
 
     def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
         """Augmented batches for training; the validation data as it is."""
-        transform = need(model.vision, "image encoder").transform
-        wanted = transform, tokenizer, model.image_tokens
-        self._loader = build.training_loader(self._run, self._shards, *wanted)
+        wanted = tokenizer, model.image_tokens
+        transform = build.transform(self._run, model, self._shards)
+        self._loader = build.training_loader(self._run, self._shards, transform, *wanted)
         once = None
         if self._data.val is not None:
-            once = build.evaluation_loader(self._run, build.shards(self._data, self._data.val), *wanted).once
+            val = build.shards(self._data, self._data.val)
+            once = build.evaluation_loader(self._run, val, build.transform(self._run, model, val), *wanted).once
         return self._loader.train, once
 
     def bad(self) -> Counter[str]:

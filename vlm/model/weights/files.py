@@ -1,5 +1,6 @@
 """Weight files: safetensors, or pickles read with `weights_only=True`; never anything that could run code."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -65,3 +66,13 @@ def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(str(size) for size in tensor.shape) or "scalar"
+
+
+def fingerprint(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
+    """SHA-256 over names and bytes, the same on every device."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

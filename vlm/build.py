@@ -1,6 +1,7 @@
 """Settings to objects: the one place where configs and modules meet, and where dependent sizes are derived."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from vlm.config.language import (
     TransformerLanguage,
 )
 from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
-from vlm.data.image import Augment
+from vlm.data.image import Augment, ImageTransform
 from vlm.data.loader import Loader
 from vlm.data.pictures import Pictures
 from vlm.data.sources import open_pictures
@@ -268,6 +269,8 @@ def training_loader(
             f"data.augment: it changes pictures, and {source.folder} holds what an encoder made of them; "
             "set data.augment=null, or train on the pictures"
         )
+    if isinstance(transform, ImageTransform):
+        transform = replace(transform, scaled=data.scaled_decode)
     return Loader(
         source,
         transform,

@@ -21,9 +21,9 @@ from tests.data.shard_files import picture
 from tests.data.source_files import CAPTIONS, LAYOUTS, NAMES, folder, save
 from vlm.cli import app
 from vlm.data.image import decode
-from vlm.data.pictures import Pictures
+from vlm.data.pictures import PICTURES, Pictures
 from vlm.data.shards import Shards
-from vlm.data.sources import PICTURES, open_pictures
+from vlm.data.sources import open_pictures
 from vlm.data.tars import Names, Tars
 from vlm.data.write import Options, Recipe, write, write_shards
 

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.image import BadSample, decode
 from vlm.data.loader import MAX_WARNINGS
-from vlm.data.pictures import Pictures
+from vlm.data.pictures import PICTURES, Pictures
 from vlm.data.shards import check_bad
-from vlm.data.sources import PICTURES, Source, open_pictures
+from vlm.data.sources import Source, open_pictures
 from vlm.data.tars import INDEX, SIZES, Names, Tars, check_out, drafted
 
 KEY, PICTURE = "key", "picture"  # fields of each sample's json: the key in the source; samples equal in the other

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -257,6 +258,8 @@ def test_coco_faults(tmp_path: Path) -> None:
     boxes = {"images": images, "annotations": [{"image_id": 0, "bbox": [0, 0, 1, 1]}]}
     with pytest.raises(ValueError, match=r"annotations have no caption, only image_id, bbox; COCO's captions are in"):
         open_pictures(save(tmp_path / "data", boxes))
+    with pytest.raises(ValueError, match=r"all.json#train: has no splits; only Karpathy's JSON"):
+        open_pictures(save(tmp_path / "data", {"images": images, "annotations": notes}) + "#train")
 
 
 @pytest.mark.parametrize(
@@ -320,6 +323,44 @@ def test_a_table_that_changes_is_refused(suffix: str, tmp_path: Path) -> None:
         source.raw(0)
 
 
+DAMAGED = {**LAYOUTS, "old": lambda place: talk(place, False, False), "chat": lambda place: talk(place, True, True)}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=[needs_pyarrow] if "parquet" in name else [])
+        for name in DAMAGED
+        if name not in ("folder", "shards", "img2dataset", "parquet bytes")
+    ],
+)
+def test_damage_is_refused_or_counted_and_never_more(layout: str, tmp_path: Path) -> None:
+    """Bytes changed, cut and doubled at random: a message or fewer samples, no other exception."""
+    spec = DAMAGED[layout](tmp_path / "data")
+    path = Path(spec.partition("#")[0])
+    whole, random, opened, read = path.read_bytes(), np.random.default_rng(0), 0, 0
+    for _ in range(40):
+        data = bytearray(whole)
+        for place in random.integers(len(data), size=3).tolist():
+            data[place : place + int(random.integers(4))] = random.bytes(int(random.integers(3)))
+        path.write_bytes(data[: len(data) if random.random() < 0.7 else int(random.integers(len(data)))])
+        try:
+            source = open_pictures(spec, max_bad_fraction=1.0)
+        except ValueError as error:
+            assert str(path) in str(error)
+            continue
+        opened += 1
+        for index in range(0, len(source), 5):
+            assert source.key(index) and source.where(index).startswith(str(path))
+            try:
+                assert source.raw(index).captions
+                read += 1
+            except BadSample as bad:
+                assert bad.reason
+    assert 0 < opened < 40 or not spec.endswith((".json", ".parquet"))
+    assert read >= opened / 2
+
+
 @layouts
 def test_sources_can_be_pickled(layout: str, tmp_path: Path) -> None:
     source = opened(layout, tmp_path / "data")
@@ -330,7 +371,7 @@ def test_sources_can_be_pickled(layout: str, tmp_path: Path) -> None:
 def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "all.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"read with pyarrow: pip install 'vlm\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"all.parquet: Parquet is read with pyarrow: pip install 'vlm\[parquet\]'"):
         open_pictures(str(tmp_path / "all.parquet"))
 
 

@@ -22,8 +22,8 @@ from tests.data.source_files import CAPTIONS, LAYOUTS, NAMES, folder, save
 from vlm.cli import app
 from vlm.data.image import decode
 from vlm.data.pictures import PICTURES, Pictures
-from vlm.data.shards import Shards
-from vlm.data.sources import open_pictures
+from vlm.data.shards import RawSample, Shards
+from vlm.data.sources import Source, open_pictures
 from vlm.data.tars import Names, Tars
 from vlm.data.write import Options, Recipe, write, write_shards
 
@@ -246,6 +246,30 @@ def test_where_it_may_write(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write([spec], tmp_path / "empty", Recipe())
     assert sorted(os.listdir(tmp_path)) == ["data", "empty", "mine", "out"]
+
+
+def test_images_are_for_paths(tmp_path: Path) -> None:
+    spec = folder(tmp_path / "data")
+    with pytest.raises(
+        ValueError, match=r"--images .*data: .*data holds its pictures itself; only tables and JSON name"
+    ):
+        write([spec], tmp_path / "out", Recipe(), images=tmp_path / "data")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_changes_meanwhile(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(LAYOUTS["csv"](tmp_path / "data"))
+    source, raw = open_pictures(str(path)), Source.raw
+
+    def late(self: Source, index: int) -> RawSample:
+        if index == 20:
+            path.write_text(path.read_text() + "p00.png,more\n")
+        return raw(self, index)
+
+    monkeypatch.setattr(Source, "raw", late)
+    with pytest.raises(ValueError, match=r"^\S+all\.csv: changed since it was indexed; [^\n]+$"):
+        write_shards(source, tmp_path / "out", Recipe(), Options(workers=workers))
+    assert os.listdir(tmp_path) == ["data"]
 
 
 def test_two_at_a_time(tmp_path: Path) -> None:

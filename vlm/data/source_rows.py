@@ -63,14 +63,14 @@ class Places:
     def at(self, number: int) -> Iterator[BinaryIO]:
         """The file of a row, open where the row begins."""
         file = bisect_right(self._firsts, number) - 1
+        self.check(file)
         with self.files[file].open("rb") as handle:
-            self.check(file, handle)
             handle.seek(self._begins[number])
             yield handle
 
-    def check(self, file: int, handle: BinaryIO) -> None:
+    def check(self, file: int) -> None:
         """ValueError when the file is not the one that was indexed."""
-        if _stamp(os.fstat(handle.fileno())) != self._stamps[file]:
+        if _stamp(os.stat(self.files[file])) != self._stamps[file]:
             raise ValueError(
                 f"{self.files[file]}: changed since it was indexed; start again, and leave it alone meanwhile"
             )

@@ -121,7 +121,7 @@ def _picture(row: Row | BadSample, column: str) -> str | bytes:
     if isinstance(value, dict) and isinstance(value.get("bytes") or value.get("path"), str | bytes):
         value = value.get("bytes") or value["path"]
     if isinstance(value, bytes) or (isinstance(value, str) and value.strip()):
-        return value
+        return value.strip() if isinstance(value, str) else value
     raise BadSample("no image", f"{column} is {value!r:.60}")
 
 

@@ -60,6 +60,12 @@ def open_pictures(
     )
 
 
+def has_paths(spec: Sequence[str]) -> bool:
+    """Whether a source names its pictures by path: all do but folders of pictures and tars."""
+    kinds = {_kind(_split(pattern)[0]) for pattern in spec}
+    return bool(kinds - {".tar", ""}) or (kinds == {""} and bool(_tables_in(Path(spec[0]).expanduser())))
+
+
 def _split(pattern: str) -> tuple[str, str]:
     name, mark, split = pattern.rpartition("#")
     return (name, split) if mark and name.lower().endswith(".json") and not os.path.exists(pattern) else (pattern, "")

@@ -132,6 +132,14 @@ def test_columns_by_name(tmp_path: Path) -> None:
         open_pictures(str(place / "u.csv"))
 
 
+def test_columns_that_not_every_row_has(tmp_path: Path) -> None:
+    place = pictures(tmp_path / "data")
+    rows = [{"text": "no picture"}, {"image": "p00.png", "text": "a"}, {"image": "p01.png", "text": "b", "thing": 7}]
+    (place / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_pictures(str(place / "t.jsonl"), id_field="thing")
+    assert [source.raw(i).id for i in range(2)] == ["p00.png", "7"] and source.bad == {"no image": 1}
+
+
 def test_cells_may_hold_line_ends_and_a_mark_at_the_start(tmp_path: Path) -> None:
     place = pictures(tmp_path / "data")
     text = '\ufeffimage,caption\r\np00.png,"one\r\nline, ""two"""\r\n\r\np01.png,é\r\np00.png,again\r\n'
@@ -288,7 +296,7 @@ def test_unknown_layouts(tmp_path: Path) -> None:
         open_pictures(str(tmp_path / "empty"))
     for name, content, message in (
         ("a.json", "{", "a.json: not JSON: "),
-        ("a.jsonl", "", "a.jsonl: is empty; expected JSON lines"),
+        ("a.jsonl", "", "a.jsonl: not JSON lines: it is empty"),
         ("b.jsonl", "[1]", "b.jsonl: not JSON lines: row 1: unreadable json"),
         ("a.csv", "", "a.csv: is empty; expected a header"),
         ("b.csv", "image,caption\n", "nothing to use"),

@@ -16,8 +16,10 @@ import pytest
 import webdataset
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 
 from tests.data.shard_files import picture
+from tests.data.shard_files import write as write_tar
 from tests.data.source_files import CAPTIONS, LAYOUTS, NAMES, folder, save
 from vlm.cli import app
 from vlm.data.image import decode
@@ -64,6 +66,7 @@ def test_every_layout_is_written_alike(layout: str, tmp_path: Path) -> None:
     assert json.loads((out / "sizes.json").read_text()) == {"000000.tar": 12, "000001.tar": 12, "000002.tar": 8}
     index = json.loads((out / "index.json").read_text())
     assert (index["samples"], index["captions"], index["bad"], index["renamed"]) == (32, 48, {}, 0)
+    assert index["recipe"] == {"samples": 12, "max_mb": 1000, "size": None, "quality": None, "check": True}
     for shard in index["shards"]:
         data = (out / shard["file"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
@@ -191,7 +194,7 @@ def test_bad_samples_are_left_out_and_counted(
     assert printed.out.endswith("left out: 2 x not an image, 1 x no image, 1 x empty caption\n")
     write([spec], tmp_path / "unchecked", Recipe(check=False), json=True)
     unchecked = json.loads(capsys.readouterr().out)
-    assert unchecked["bad"] == {"no image": 1, "empty caption": 1} and not unchecked["check"]
+    assert unchecked["bad"] == {"no image": 1, "empty caption": 1} and not unchecked["recipe"]["check"]
 
 
 def test_too_many_bad_samples(tmp_path: Path) -> None:
@@ -406,3 +409,17 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls.pop() == ((["k.json#train"], Path("out"), Recipe(5, 6, 7, 8, False)), given)
     for wrong in (["out"], ["a", "out", "--max-bad-fraction", "2"], ["a", "out", "--workers", "-1"]):
         assert CliRunner().invoke(app, ["shards", "write", *wrong]).exit_code == 2
+
+
+def test_members_that_are_lost_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [{"__key__": f"{i}", "png": picture(i), "txt": "a thing", "cls": "3"} for i in range(3)]
+    write_tar(tmp_path / "s.tar", samples)
+    write([str(tmp_path / "s.tar")], tmp_path / "out", Recipe())
+    assert capsys.readouterr().err.endswith("s.tar: tar shards; 3 pictures; members not carried over: cls (3)\n")
+
+
+def test_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, shown = folder(tmp_path / "data"), io.StringIO()
+    monkeypatch.setattr("vlm.data.write.Console", lambda stderr: Console(file=shown, force_terminal=True))
+    write([spec], tmp_path / "out", Recipe())
+    assert "shards" in shown.getvalue() and "/32" in shown.getvalue()

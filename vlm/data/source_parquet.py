@@ -18,7 +18,7 @@ class Parquet:
     Pictures may be paths, bytes, or Hugging Face's struct of bytes and path.
     """
 
-    kind = "Parquet"
+    kind = "Parquet (fast in order; for training, write shards)"
 
     def __init__(self, files: list[Path]) -> None:
         """Read the footers. ValueError: no pyarrow, no Parquet, columns that differ."""

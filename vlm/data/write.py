@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.data.image import BadSample, decode
 from vlm.data.loader import MAX_WARNINGS, ignore_interrupt, unchanged
 from vlm.data.pictures import PICTURES, Pictures
-from vlm.data.shards import check_bad
+from vlm.data.shards import Shards, check_bad
 from vlm.data.sources import Source, has_paths, open_pictures
 from vlm.data.tars import INDEX, SIZES, Names, Tars, check_out, drafted
 
@@ -91,11 +91,18 @@ def write(
     source = open_pictures(
         spec, image, caption, id_field, images, LIMIT if max_bad_fraction is None else max_bad_fraction
     )
-    about = source.about if isinstance(source, Source) else f"{source.files[0]}: tar shards; {len(source)} pictures"
+    about = source.about if isinstance(source, Source) else _about_tars(source)
     print(about, file=sys.stderr, flush=True)
     options = Options(about.partition(": ")[2], id_field is not None, workers, max_bad_fraction is not None, overwrite)
     index = write_shards(source, out, recipe, options)
     print(jsonlib.dumps(index, indent=1) if json else _as_text(out, index))
+
+
+def _about_tars(source: Pictures) -> str:
+    about = f"{source.files[0]}: tar shards; {len(source)} pictures"
+    others = source.others if isinstance(source, Shards) else Counter[str]()
+    lost = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common())
+    return about + (f"; members not carried over: {lost}" if lost else "")
 
 
 def _as_text(out: Path, index: dict[str, Any]) -> str:
@@ -122,7 +129,7 @@ def write_shards(
     """
     options = options or Options()
     with drafted(out, options.overwrite) as draft:
-        index = {"format": options.about, **asdict(recipe), **_fill(draft, source, recipe, options)}
+        index = {"format": options.about, "recipe": asdict(recipe), **_fill(draft, source, recipe, options)}
         sizes = {shard["file"]: shard["samples"] for shard in index["shards"]}
         for name, content in ((SIZES, sizes), (INDEX, index)):
             with (draft / name).open("w", encoding="utf-8") as file:

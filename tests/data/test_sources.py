@@ -288,7 +288,7 @@ def test_unknown_layouts(tmp_path: Path) -> None:
     place = pictures(tmp_path / "data")
     (place / "notes.md").touch()
     with pytest.raises(
-        ValueError, match=r"unknown layout: no tar file, and no picture .* Found: .png \(32\), .md \(1\)"
+        ValueError, match=r"unknown layout: no tar file directly in it, and no picture .* Found: .png \(32\), .md \(1\)"
     ):
         open_pictures(str(place))
     (tmp_path / "empty").mkdir()
@@ -296,6 +296,11 @@ def test_unknown_layouts(tmp_path: Path) -> None:
         open_pictures(str(tmp_path / "empty"))
     for name, content, message in (
         ("a.json", "{", "a.json: not JSON: "),
+        (
+            "b.json",
+            "{}\n{}",
+            "b.json: not JSON: Extra data.*; one object a line is read from a name that ends in .jsonl",
+        ),
         ("a.jsonl", "", "a.jsonl: not JSON lines: it is empty"),
         ("b.jsonl", "[1]", "b.jsonl: not JSON lines: row 1: unreadable json"),
         ("a.csv", "", "a.csv: is empty; expected a header"),
@@ -306,6 +311,8 @@ def test_unknown_layouts(tmp_path: Path) -> None:
             open_pictures(str(place / name))
     with pytest.raises(ValueError, match="one folder or JSON file at a time, or several files of one kind"):
         open_pictures([str(place), str(place / "b.csv")])
+    with pytest.raises(ValueError, match=r"a.json and 1 more: one JSON file at a time"):
+        open_pictures(str(place / "*.json"))
     with pytest.raises(ValueError, match=r"no file matches .*c.csv; that folder holds "):
         open_pictures(str(place / "c.csv"))
 

@@ -1,5 +1,6 @@
 """Shards hold what the source says, byte for byte the same each time, whole or not at all."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -296,6 +297,21 @@ def test_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Tars, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
+        write([spec], tmp_path / "out", Recipe(samples=8))
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, sync, calls = folder(tmp_path / "data"), os.fsync, [0]
+
+    def full(file: int) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
         write([spec], tmp_path / "out", Recipe(samples=8))
     assert os.listdir(tmp_path) == ["data"]
 

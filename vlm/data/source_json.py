@@ -31,7 +31,8 @@ def json_records(
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+        hint = "; one object a line is read from a name that ends in .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{file}: not JSON: {error}{hint}") from None
     pictures, annotations = _objects(found, "images"), _objects(found, "annotations")
     if pictures and "sentences" in pictures[0]:
         return _karpathy(file, pictures, id_field, split, images)

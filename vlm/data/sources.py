@@ -96,6 +96,8 @@ def _records(
     if strange := [file for file in files if file.suffix.lower() != suffix or file.is_dir()]:
         raise ValueError(f"{strange[0]}: not a {suffix} file as {files[0]}; several files must be of one kind")
     if suffix == ".json":
+        if len(files) > 1:
+            raise ValueError(f"{files[0]} and {len(files) - 1} more: one JSON file at a time; .jsonl may be several")
         return json_records(files[0], image, caption, id_field, split, images)
     rows = _rows(files, suffix)
     return Conversations(rows) if talks(rows.columns) else Table(rows, image, caption, id_field)
@@ -210,8 +212,8 @@ class PictureFolder:
         if not len(self):
             found = ", ".join(f"{suffix or 'no suffix'} ({count})" for suffix, count in seen.most_common(12))
             raise ValueError(
-                f"{folder}: an unknown layout: no tar file, and no picture ({', '.join(self._images)}) with a "
-                f"{' or '.join(self._beside)} file of its name beside it. Found: {found or 'nothing'}. "
+                f"{folder}: an unknown layout: no tar file directly in it, and no picture ({', '.join(self._images)}) "
+                f"with a {' or '.join(self._beside)} file of its name beside it. Found: {found or 'nothing'}. "
                 f"Where captions stand in a table ({', '.join(SUFFIXES)}), name that file"
             )
 

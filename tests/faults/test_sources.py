@@ -34,7 +34,8 @@ def place(tmp_path: Path) -> Path:
 TABLES = ".csv, .tsv, .jsonl, .ndjson, .json, .parquet, .txt, .token"
 FAULTS = {
     "bare": "bare: an unknown layout: no tar file directly in it, and no picture (.jpg, IMAGES) with a .txt or .json "
-    f"file of its name beside it. Found: .png (1), .csv (1). Where captions stand in a table ({TABLES}), name that file",
+    "file of its name beside it. Found: .png (1), .csv (1). "
+    f"Where captions stand in a table ({TABLES}), name that file",
     "odd.csv": "odd.csv: no column for the picture; CSV with the columns x, y; name the right one "
     "(--image-key, data.image)",
     "odd.json": "odd.json: an unknown layout: an object with pictures (a list of 2). Known: COCO captions (images and "

@@ -93,7 +93,8 @@ def write(
     )
     about = source.about if isinstance(source, Source) else _about_tars(source)
     print(about, file=sys.stderr, flush=True)
-    options = Options(about.partition(": ")[2], id_field is not None, workers, max_bad_fraction is not None, overwrite)
+    layout = about.removeprefix(f"{source.files[0]}: ")
+    options = Options(layout, id_field is not None, workers, max_bad_fraction is not None, overwrite)
     index = write_shards(source, out, recipe, options)
     print(jsonlib.dumps(index, indent=1) if json else _as_text(out, index))
 
@@ -114,12 +115,7 @@ def _as_text(out: Path, index: dict[str, Any]) -> str:
     )
 
 
-def write_shards(
-    source: Pictures,
-    out: Path,
-    recipe: Recipe,
-    options: Options | None = None,
-) -> dict[str, Any]:
+def write_shards(source: Pictures, out: Path, recipe: Recipe, options: Options | None = None) -> dict[str, Any]:
     """Writes all usable samples of a source in its order; returns what index.json holds.
 
     Everything goes to a hidden folder beside `out`, which becomes `out` at the end: an interrupted run leaves nothing

@@ -1,6 +1,6 @@
 """JSON of known layouts: COCO captions, Karpathy's splits, LLaVA's conversations, plain lists.
 
-A `.json` file has to be parsed whole, which takes about ten times its size in memory for a moment; `.jsonl` does not.
+A `.json` file has to be parsed whole, which takes several times its size in memory for a moment; `.jsonl` does not.
 """
 
 import json

@@ -65,7 +65,7 @@ def test_version_and_help(vlm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert vlm("--version") == (0, [])
     assert capsys.readouterr().out == f"vlm {__version__}\n"
     assert vlm("--help") == (0, [])
-    assert {"quickstart", "train", "caption", "evaluate", "config"} <= set(capsys.readouterr().out.split())
+    assert {"quickstart", "train", "caption", "evaluate", "shards", "config"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["caption", "run"], ["train", "x.yaml", "--stps=3"]])

@@ -35,6 +35,7 @@ LIGHT = {
     "--help": ["--help"],
     "--version": ["--version"],
     "verb help": ["train", "--help"],
+    "verb of a group": ["shards", "write", "--help"],
     "wrong verb": ["trian"],
     "wrong option": ["train", "x.yaml", "--stps=3"],
 }

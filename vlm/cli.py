@@ -91,7 +91,7 @@ def evaluate(run: Path, shards: tuple[str, ...], json: bool, caption: str | None
     """Measure image-text retrieval.
 
     Recall at 1, 5 and 10, text to image and image to text. RUN is the folder of a finished run; SHARDS are tar files,
-    folders of them, or patterns such as {000..003}.tar.
+    folders of them, patterns such as {000..003}.tar, or what else `vlm shards write` can read.
     """
     from vlm.eval.run import evaluate as measure
 

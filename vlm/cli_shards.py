@@ -54,8 +54,9 @@ def write(
 
     SOURCE is a folder of pictures with .txt beside them, a table (CSV, TSV, JSON lines, Parquet), COCO captions,
     Karpathy's JSON, Flickr30k's token file, LLaVA's conversations, or tar shards; its layout is recognised and printed.
+    A sample is written as its picture, its captions (txt) and the source's further fields (json), nothing else.
     """
-    from vlm.data.sources import PICTURES
+    from vlm.data.pictures import PICTURES
     from vlm.data.write import Recipe
     from vlm.data.write import write as run
 

@@ -1,13 +1,19 @@
 """The same pictures and captions in every layout that can be read."""
 
 import csv
+import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.data.shard_files import picture, write
+import pytest
 
+from tests.data.shard_files import picture, write
+from vlm.data.pictures import Pictures
+from vlm.data.sources import open_pictures
+
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
 NAMES = [f"p{i:02d}" for i in range(32)]
 CAPTIONS = {name: [f"picture {name}", f'the "{i}"th, a thing'][: 1 + i % 2] for i, name in enumerate(NAMES)}
 
@@ -173,3 +179,21 @@ def talk(place: Path, chat: bool, lines: bool) -> str:
         return save(place, records)
     (pictures(place) / "all.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     return str(place / "all.jsonl")
+
+
+def marked(layouts: Iterable[str]) -> list[Any]:
+    """Layouts as parameters of a test, in order; those that need pyarrow are skipped without it."""
+    return [pytest.param(name, marks=[needs_pyarrow] if "parquet" in name else []) for name in sorted(layouts)]
+
+
+def made(image: bytes, name: str, place: Path) -> Pictures:
+    """A folder with one picture."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / name).write_bytes(image)
+    (place / name).with_suffix(".txt").write_text("a thing")
+    return open_pictures(str(place))
+
+
+def snapshot(place: Path) -> dict[str, bytes]:
+    """What a folder holds."""
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}

@@ -1,14 +1,10 @@
 """Shards hold what the source says, byte for byte the same each time, whole or not at all."""
 
-import fcntl
 import hashlib
-import importlib.util
 import io
 import json
 import os
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +12,17 @@ import pytest
 import webdataset
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 
 from tests.data.shard_files import picture
-from tests.data.source_files import CAPTIONS, LAYOUTS, NAMES, folder, save
+from tests.data.shard_files import write as write_tar
+from tests.data.source_files import CAPTIONS, LAYOUTS, NAMES, folder, made, marked, snapshot
 from vlm.cli import app
 from vlm.data.image import decode
-from vlm.data.pictures import Pictures
-from vlm.data.shards import Shards
-from vlm.data.sources import PICTURES, open_pictures
-from vlm.data.tars import Names, Tars
+from vlm.data.pictures import PICTURES
+from vlm.data.shards import RawSample, Shards
+from vlm.data.sources import Source, open_pictures
 from vlm.data.write import Options, Recipe, write, write_shards
-
-needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
-
-
-def snapshot(place: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
-
-
-def made(image: bytes, name: str, place: Path) -> Pictures:
-    """A folder with one picture."""
-    place.mkdir(parents=True, exist_ok=True)
-    (place / name).write_bytes(image)
-    (place / name).with_suffix(".txt").write_text("a thing")
-    return open_pictures(str(place))
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -48,9 +31,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[needs_pyarrow] if "parquet" in name else []) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", marked(LAYOUTS))
 def test_every_layout_is_written_alike(layout: str, tmp_path: Path) -> None:
     spec, out = LAYOUTS[layout](tmp_path / "data"), tmp_path / "out"
     write([spec], out, Recipe(samples=12))
@@ -64,6 +45,7 @@ def test_every_layout_is_written_alike(layout: str, tmp_path: Path) -> None:
     assert json.loads((out / "sizes.json").read_text()) == {"000000.tar": 12, "000001.tar": 12, "000002.tar": 8}
     index = json.loads((out / "index.json").read_text())
     assert (index["samples"], index["captions"], index["bad"], index["renamed"]) == (32, 48, {}, 0)
+    assert index["recipe"] == {"samples": 12, "max_mb": 1000, "size": None, "quality": None, "check": True}
     for shard in index["shards"]:
         data = (out / shard["file"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
@@ -126,46 +108,6 @@ def test_turned_pictures_stay_upright(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(Shards(str(tmp_path / "out")).raw(0).image)).size == (10, 20)
 
 
-def test_keys(tmp_path: Path) -> None:
-    records = [
-        {"id": key, "image": "p00.png"} for key in ("a/b.c", "a_b_c", "ok", "日本", "x" * 200, "ok", 7, "ok-00000005")
-    ]
-    talk = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "yes"}]
-    source = open_pictures(save(tmp_path / "data", [record | {"conversations": talk} for record in records]))
-    index = write_shards(source, tmp_path / "out", Recipe())
-    shards = Shards(str(tmp_path / "out"))
-    keys = [shards.key(i) for i in range(8)]
-    assert keys == [
-        "a_b_c-00000000", "a_b_c-00000001", "ok-00000002", "00000003", "x" * 80, "ok-00000005-", "7", "ok-00000005",
-    ]  # fmt: skip
-    assert index["renamed"] == 6
-    assert [shards.raw(i).fields["key"] for i in (0, 3, 6)] == ["a/b.c", "日本", "7"]
-    assert {shards.raw(i).fields["picture"] for i in range(8)} == {"p00.png"}
-    assert shards.raw(0).fields["conversations"] == talk
-
-
-def test_numbers_do_not_hit_keys_that_are_there() -> None:
-    keys = ["a", "a", "a-00000000"]
-    names = Names(keys)
-    assert [names(i, key) for i, key in enumerate(keys)] == ["a-00000000-", "a-00000001", "a-00000000"]
-
-
-def test_shards_end_before_they_grow_too_large(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for i in range(5):
-        (data / f"{i}.png").write_bytes(os.urandom(400_000))
-        (data / f"{i}.txt").write_text("noise")
-    tars = Tars(tmp_path, 100, 2**20)
-    for i in range(5):
-        tars.add(str(i), {"png": (data / f"{i}.png").read_bytes()})
-    tars.close()
-    assert [(shard.file, shard.samples) for shard in tars.written] == [
-        ("000000.tar", 2), ("000001.tar", 2), ("000002.tar", 1),
-    ]  # fmt: skip
-    assert all((tmp_path / shard.file).stat().st_size == shard.bytes <= 2**20 for shard in tars.written)
-
-
 def spoilt(place: Path, corrupt: int = 1) -> str:
     """A folder with pictures that do not decode, one without words and one without picture."""
     spec = folder(place)
@@ -191,7 +133,7 @@ def test_bad_samples_are_left_out_and_counted(
     assert printed.out.endswith("left out: 2 x not an image, 1 x no image, 1 x empty caption\n")
     write([spec], tmp_path / "unchecked", Recipe(check=False), json=True)
     unchecked = json.loads(capsys.readouterr().out)
-    assert unchecked["bad"] == {"no image": 1, "empty caption": 1} and not unchecked["check"]
+    assert unchecked["bad"] == {"no image": 1, "empty caption": 1} and not unchecked["recipe"]["check"]
 
 
 def test_too_many_bad_samples(tmp_path: Path) -> None:
@@ -218,125 +160,28 @@ def test_a_large_source_stops_early(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["data"]
 
 
-def test_where_it_may_write(tmp_path: Path) -> None:
-    spec, out = folder(tmp_path / "data"), tmp_path / "out"
-
-    def refused(message: str, place: Path, **options: Any) -> None:
-        before = snapshot(tmp_path)
-        with pytest.raises(ValueError, match=message):
-            write([spec], place, Recipe(), **options)
-        assert snapshot(tmp_path) == before
-
-    write([spec], out, Recipe(samples=9))
-    refused(r"out: exists already; choose another folder, or --overwrite it", out)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    for overwrite in (False, True):
-        refused(
-            "mine: holds thesis.txt, which `vlm shards write` has not written", tmp_path / "mine", overwrite=overwrite
-        )
-        refused("thesis.txt: is a file", tmp_path / "mine" / "thesis.txt", overwrite=overwrite)
-        refused("lie in each other", tmp_path / "data" / "out", overwrite=overwrite)
-    (tmp_path / "mine" / "index.json").write_text('{"shards": []}')
-    refused("mine: holds thesis.txt", tmp_path / "mine", overwrite=True)
-    with pytest.raises(ValueError, match="lie in each other"):
-        write([str(out)], out, Recipe(), overwrite=True)
-    write([spec], out, Recipe(), overwrite=True)
-    assert sorted(snapshot(out)) == ["000000.tar", "index.json", "sizes.json"]
-    (tmp_path / "empty").mkdir()
-    write([spec], tmp_path / "empty", Recipe())
-    assert sorted(os.listdir(tmp_path)) == ["data", "empty", "mine", "out"]
-
-
-def test_two_at_a_time(tmp_path: Path) -> None:
+def test_images_are_for_paths(tmp_path: Path) -> None:
     spec = folder(tmp_path / "data")
-    (tmp_path / ".out.tmp").mkdir()
-    with (tmp_path / ".out.tmp" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="out: another process is writing it now"):
-            write([spec], tmp_path / "out", Recipe())
-    write([spec], tmp_path / "out", Recipe())
-    assert sorted(os.listdir(tmp_path)) == ["data", "out"]
+    with pytest.raises(
+        ValueError, match=r"--images .*data: .*data holds its pictures itself; only tables and JSON name"
+    ):
+        write([spec], tmp_path / "out", Recipe(), images=tmp_path / "data")
 
 
-def test_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, add = folder(tmp_path / "data"), Tars.add
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_changes_meanwhile(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(LAYOUTS["csv"](tmp_path / "data"))
+    source, raw = open_pictures(str(path)), Source.raw
 
-    def interrupted(self: Tars, key: str, members: dict[str, bytes]) -> None:
-        add(self, key, members)
-        if key == NAMES[20]:
-            raise KeyboardInterrupt
+    def late(self: Source, index: int) -> RawSample:
+        if index == 20:
+            path.write_text(path.read_text() + "p00.png,more\n")
+        return raw(self, index)
 
-    monkeypatch.setattr(Tars, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write([spec], tmp_path / "out", Recipe(samples=8))
+    monkeypatch.setattr(Source, "raw", late)
+    with pytest.raises(ValueError, match=r"^\S+all\.csv: changed since it was indexed; [^\n]+$"):
+        write_shards(source, tmp_path / "out", Recipe(), Options(workers=workers))
     assert os.listdir(tmp_path) == ["data"]
-
-
-def killed(action: Callable[[], Any], at: int) -> bool:
-    """Runs it in a process that kills itself at the given one of its calls that change files; whether it came to it."""
-    process = os.fork()
-    if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
-    calls = 0
-
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((Tars, "add"), (os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
-        setattr(owner, name, watched(getattr(owner, name)))
-    action()
-    os._exit(0)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_anywhere_leaves_nothing_that_looks_finished(overwrite: bool, tmp_path: Path) -> None:
-    data, out = tmp_path / "data", tmp_path / "out"
-    source = made(picture(0), "a.png", data)
-    for i in range(5):
-        source = made(picture(i), f"{i}.png", data)
-    write_shards(source, tmp_path / "whole", Recipe(samples=2))
-    whole = snapshot(tmp_path / "whole")
-    before = {}
-    if overwrite:
-        write_shards(source, out, Recipe(samples=5))
-        before = snapshot(out)
-
-    def action() -> dict[str, Any]:
-        return write_shards(source, out, Recipe(samples=2), Options(overwrite=overwrite))
-
-    at, seen = 1, set()
-    while killed(action, at):
-        found = snapshot(out) if out.exists() else {}
-        seen.add("old" if found == before else "new" if found == whole else "neither")
-        assert all(name.startswith(".out.") for name in set(os.listdir(tmp_path)) - {"data", "whole", "out"})
-        at += 1
-        if found == whole or not found:  # as it was, for the next one
-            write_shards(source, out, Recipe(samples=5), Options(overwrite=True))
-            if not overwrite:
-                for path in out.iterdir():
-                    path.unlink()
-                out.rmdir()
-    # Between the two steps of replacing it, the old one waits under a hidden name.
-    assert at > 15 and seen <= ({"old", "new", "neither"} if overwrite else {"old", "new"})
-    assert snapshot(out) == whole
-
-
-def test_the_old_one_comes_back_when_replacing_it_was_cut_short(tmp_path: Path) -> None:
-    spec, out = folder(tmp_path / "data"), tmp_path / "out"
-    write([spec], out, Recipe())
-    before = snapshot(out)
-    out.replace(tmp_path / ".out.old")
-    with pytest.raises(ValueError, match="exists already"):
-        write([spec], out, Recipe())
-    assert snapshot(out) == before and sorted(os.listdir(tmp_path)) == ["data", "out"]
 
 
 def test_shards_again(tmp_path: Path) -> None:
@@ -382,3 +227,17 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls.pop() == ((["k.json#train"], Path("out"), Recipe(5, 6, 7, 8, False)), given)
     for wrong in (["out"], ["a", "out", "--max-bad-fraction", "2"], ["a", "out", "--workers", "-1"]):
         assert CliRunner().invoke(app, ["shards", "write", *wrong]).exit_code == 2
+
+
+def test_members_that_are_lost_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [{"__key__": f"{i}", "png": picture(i), "txt": "a thing", "cls": "3"} for i in range(3)]
+    write_tar(tmp_path / "s.tar", samples)
+    write([str(tmp_path / "s.tar")], tmp_path / "out", Recipe())
+    assert capsys.readouterr().err.endswith("s.tar: tar shards; 3 pictures; members not carried over: cls (3)\n")
+
+
+def test_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, shown = folder(tmp_path / "data"), io.StringIO()
+    monkeypatch.setattr("vlm.data.write.Console", lambda stderr: Console(file=shown, force_terminal=True))
+    write([spec], tmp_path / "out", Recipe())
+    assert "shards" in shown.getvalue() and "/32" in shown.getvalue()

@@ -142,8 +142,8 @@ class Loader:
                     batch_size=None,
                     sampler=steps,
                     num_workers=self.workers,
-                    collate_fn=_unchanged,
-                    worker_init_fn=_ignore_interrupt,
+                    collate_fn=unchanged,
+                    worker_init_fn=ignore_interrupt,
                     generator=torch.Generator(),  # else starting the workers would draw from the global one
                 )
             )
@@ -237,10 +237,11 @@ class _Count:
             step += 1
 
 
-def _unchanged(work: Any) -> Any:
+def unchanged(work: Any) -> Any:
+    """Keeps `DataLoader` from making tensors of what it passes on."""
     return work
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int) -> None:
     """Ctrl-C is the main process's to handle; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from vlm.data.image import BadSample
 from vlm.data.shards import MAX_BYTES, RawSample
 
+PICTURES = "jpg;jpeg;png;webp;gif;bmp;tif;tiff"  # suffixes
+
 
 @runtime_checkable
 class Pictures(Protocol):

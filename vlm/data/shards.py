@@ -120,7 +120,8 @@ class Shards:
     `image`: suffixes, `caption`: "txt" (one caption a line) or "json:FIELD" (a string or a list), first found wins.
     `id_field`: json field that says which samples show the same thing; the key without one.
     Incomplete samples are counted in `bad`, and so is a shard that is cut off or damaged, of which the samples before
-    the damage are used. ValueError: a repeated key, more than `max_bad_fraction` bad ones, no usable sample at all.
+    the damage are used; `others` counts the members of no use here, by suffix.
+    ValueError: a repeated key, more than `max_bad_fraction` bad ones, no usable sample at all.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Shards:
         self._columns = {suffix: i for i, suffix in enumerate(dict.fromkeys(suffixes))}
         table, seen = _Table(self._columns), Counter[str]()
         self._stamps = [self._index(number, table, seen) for number in range(len(self.files))]
+        self.others = Counter({suffix: count for suffix, count in seen.items() if suffix not in self._columns})
         self._shard = np.array(table.shards, dtype=np.int32)
         self._place = np.array(table.places, dtype=np.int64).reshape(-1, len(self._columns), 2)
         self._keys, self._ends = bytes(table.keys), np.array(table.ends, dtype=np.int64)

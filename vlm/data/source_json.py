@@ -1,6 +1,6 @@
 """JSON of known layouts: COCO captions, Karpathy's splits, LLaVA's conversations, plain lists.
 
-A `.json` file has to be parsed whole, which takes about ten times its size in memory for a moment; `.jsonl` does not.
+A `.json` file has to be parsed whole, which takes several times its size in memory for a moment; `.jsonl` does not.
 """
 
 import json
@@ -31,13 +31,15 @@ def json_records(
     try:
         found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
-    pictures = found.get("images") if isinstance(found, dict) else None
-    if isinstance(pictures, list) and pictures and isinstance(pictures[0], dict):
-        if "sentences" in pictures[0]:
-            return _karpathy(file, pictures, id_field, split, images)
-        if isinstance(found.get("annotations"), list):
-            return _coco(file, pictures, found["annotations"], id_field)
+        hint = "; one object a line is read from a name that ends in .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{file}: not JSON: {error}{hint}") from None
+    pictures, annotations = _objects(found, "images"), _objects(found, "annotations")
+    if pictures and "sentences" in pictures[0]:
+        return _karpathy(file, pictures, id_field, split, images)
+    if split:
+        raise ValueError(f"{file}#{split}: has no splits; only Karpathy's JSON (images with sentences) has")
+    if pictures and annotations:
+        return _coco(file, pictures, annotations, id_field)
     if isinstance(found, list) and all(isinstance(row, dict) for row in found):
         rows = Whole(file, "JSON list", found)
         return Conversations(rows) if talks(rows.columns) else Table(rows, image, caption, id_field)
@@ -47,18 +49,24 @@ def json_records(
     )
 
 
+def _objects(found: Any, name: str) -> list[Row]:
+    """The list of objects of this name, or none."""
+    listed = found.get(name) if isinstance(found, dict) else None
+    return listed if isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed) else []
+
+
 def _shape(found: Any) -> str:
     if isinstance(found, dict):
         parts = (f"{name} ({_shape(value)})" for name, value in list(found.items())[:12])
         return f"an object with {', '.join(parts)}"
     if isinstance(found, list):
-        inner = ", ".join(found[0]) if found and isinstance(found[0], dict) else ""
+        inner = ", ".join(list(found[0])[:12]) if found and isinstance(found[0], dict) else ""
         return f"a list of {len(found)}" + (f", the first with {inner}" if inner else "")
     return type(found).__name__
 
 
 def _coco(file: Path, pictures: list[Row], annotations: list[Row], id_field: str | None) -> Table:
-    if annotations and "caption" not in annotations[0]:
+    if "caption" not in annotations[0]:
         raise ValueError(
             f"{file}: its annotations have no caption, only {', '.join(annotations[0])}; "
             "COCO's captions are in captions_train2017.json and the like"
@@ -94,7 +102,7 @@ def _karpathy(file: Path, pictures: list[Row], id_field: str | None, split: str,
             folder, name = str(entry.get("filepath") or ""), str(entry.get("filename") or "")
             if folder and inside.setdefault(folder, (images / folder).is_dir()):
                 name = f"{folder}/{name}"
-            captions = [sentence.get("raw", "") for sentence in entry.get("sentences") or []]
+            captions = [sentence.get("raw", "") for sentence in _objects(entry, "sentences")]
             extra = {key: value for key, value in entry.items() if key != "sentences"}
             yield {**extra, "image": name, "captions": captions}
 

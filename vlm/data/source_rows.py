@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ from vlm.data.image import BadSample
 from vlm.data.shards import MAX_BYTES
 
 Row = dict[str, Any]
+_HEAD = 100  # rows that are asked for their columns
 
 
 @runtime_checkable
@@ -63,14 +65,14 @@ class Places:
     def at(self, number: int) -> Iterator[BinaryIO]:
         """The file of a row, open where the row begins."""
         file = bisect_right(self._firsts, number) - 1
+        self.check(file)
         with self.files[file].open("rb") as handle:
-            self.check(file, handle)
             handle.seek(self._begins[number])
             yield handle
 
-    def check(self, file: int, handle: BinaryIO) -> None:
+    def check(self, file: int) -> None:
         """ValueError when the file is not the one that was indexed."""
-        if _stamp(os.fstat(handle.fileno())) != self._stamps[file]:
+        if _stamp(os.stat(self.files[file])) != self._stamps[file]:
             raise ValueError(
                 f"{self.files[file]}: changed since it was indexed; start again, and leave it alone meanwhile"
             )
@@ -89,10 +91,14 @@ class Lines:
     """Files with one row a line, which `parse` (BadSample) makes of its bytes; blank lines do not count."""
 
     def __init__(self, files: list[Path], kind: str, parse: Callable[[bytes], Row]) -> None:
-        """Read the first line. ValueError when it is no row."""
+        """Read the first lines. ValueError when the very first is no row."""
         self.files, self.kind, self._parse = files, kind, parse
         self._places = Places(files)
-        self.columns = list(_first_row(files[0], kind, parse))
+        first = islice(self.scan(()), _HEAD)
+        self.columns = _columns(row for row in first if not isinstance(row, BadSample))
+        if not self.columns:
+            raise ValueError(f"{files[0]}: not {kind}: {self._why(files[0])}")
+        self._places = Places(files)
 
     def scan(self, columns: Iterable[str]) -> Iterator[Row | BadSample]:
         """All rows, whole."""
@@ -105,6 +111,11 @@ class Lines:
                         self._places.add(offset)
                         yield self._try(line)
                     offset += len(line)
+
+    def _why(self, file: Path) -> str:
+        with file.open("rb") as handle:
+            line = handle.readline(MAX_BYTES)
+        return f"row 1: {self._try(line)}" if line.strip() else "it is empty"
 
     def _try(self, line: bytes) -> Row | BadSample:
         try:
@@ -122,15 +133,9 @@ class Lines:
         return self._places.where(number)
 
 
-def _first_row(file: Path, kind: str, parse: Callable[[bytes], Row]) -> Row:
-    with file.open("rb") as handle:
-        first = next((line for line in iter(lambda: handle.readline(MAX_BYTES), b"") if line.strip()), b"")
-    if not first:
-        raise ValueError(f"{file}: is empty; expected {kind}")
-    try:
-        return parse(first)
-    except BadSample as bad:
-        raise ValueError(f"{file}: not {kind}: row 1: {bad}") from None
+def _columns(rows: Iterable[Row]) -> list[str]:
+    """All names in a few rows: not every row has every column."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def json_lines(files: list[Path]) -> Lines:
@@ -258,7 +263,7 @@ class Whole:
             self._ends.append(len(self._text))
         if len(self._ends) == 1:
             raise ValueError(f"{file}: {kind} without an entry")
-        self.columns = list(self.row(0))
+        self.columns = _columns(islice(map(self.row, range(len(self._ends) - 1)), _HEAD))
 
     def scan(self, columns: Iterable[str]) -> Iterator[Row | BadSample]:
         """All rows, whole."""

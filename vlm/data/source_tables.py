@@ -12,12 +12,12 @@ import numpy.typing as npt
 from vlm.data.captions import Captions
 from vlm.data.image import BadSample
 from vlm.data.loader import MAX_WARNINGS
-from vlm.data.pictures import Record, picture_id, picture_key
+from vlm.data.pictures import PICTURES, Record, picture_id, picture_key
 from vlm.data.source_rows import Row, Rows
 
 IMAGE = (
     "image", "image_path", "filepath", "file_path", "file_name", "filename", "image_file", "image_name", "img_path",
-    "img", "path", "file", "jpg", "png",
+    "img", "path", "file", "jpg", "jpeg", "png", "webp",
 )  # fmt: skip
 CAPTION = (
     "caption", "captions", "text", "txt", "title", "comment", "sentence", "sentences", "description", "alt_text", "raw",
@@ -31,15 +31,15 @@ class Table:
     """Rows with a picture (a path, or its bytes) and captions (a string or a list) in two of their columns.
 
     Rows of one picture are one record: their captions in order, the fields of the first. `image`: the columns that may
-    hold the picture, `caption`: where captions stand (`json:FIELD` is the column FIELD), first found wins; the usual
-    names are tried where `image` names suffixes and `caption` has `txt`.
+    hold the picture, `caption`: where captions stand (`json:FIELD` is the column FIELD), first found wins; then the
+    usual names are tried, if there are suffixes of pictures in `image`, or `txt` in `caption`.
     """
 
     def __init__(self, rows: Rows, image: list[str], caption: Captions, id_field: str | None) -> None:
         """Read all rows once. ValueError: no such column."""
         self.files, self._rows, self._id_field = rows.files, rows, id_field
-        self._image = _column(rows, "picture", "--image-key, data.image", image, IMAGE)
-        self._caption = _column(rows, "captions", "--caption-key, data.caption", _fields(caption), CAPTION)
+        self._image = _column(rows, "picture", "--image-key, data.image", *_wanted_images(image))
+        self._caption = _column(rows, "captions", "--caption-key, data.caption", *_wanted_texts(caption))
         if id_field is not None and id_field not in rows.columns:
             raise ValueError(f"{_no_column(rows, 'id', [id_field])} (--id-key, data.id)")
         self.bad: Counter[str] = Counter()
@@ -87,17 +87,25 @@ class Table:
         return self._rows.where(int(self._order[self._starts[index]]))
 
 
-def _fields(caption: Captions) -> list[str]:
-    """The columns that the captions may be in; none when any will do."""
-    return [] if ("txt", None) in caption else [name or suffix for suffix, name in caption]
+def _wanted_images(image: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Columns asked for, and those to try after them."""
+    columns = [name for name in image if name not in PICTURES.split(";")]
+    return columns, () if columns == image else IMAGE
+
+
+def _wanted_texts(caption: Captions) -> tuple[list[str], tuple[str, ...]]:
+    columns = [name for _, name in caption if name is not None]
+    return columns, CAPTION if len(columns) < len(caption) else ()
 
 
 def _column(rows: Rows, what: str, setting: str, wanted: list[str], usual: tuple[str, ...]) -> str:
+    if found := next((name for name in wanted if name in rows.columns), None):
+        return found
     own = {name.lower(): name for name in reversed(rows.columns)}
-    for name in wanted or usual:
-        if name in rows.columns or (not wanted and name in own):
-            return name if name in rows.columns else own[name]
-    raise ValueError(f"{_no_column(rows, what, wanted)}; name the right one ({setting})")
+    if found := next((own[name] for name in usual if name in own), None):
+        return found
+    named = [] if usual else wanted
+    raise ValueError(f"{_no_column(rows, what, named)}; name the right one ({setting})")
 
 
 def _no_column(rows: Rows, what: str, wanted: list[str]) -> str:
@@ -113,7 +121,7 @@ def _picture(row: Row | BadSample, column: str) -> str | bytes:
     if isinstance(value, dict) and isinstance(value.get("bytes") or value.get("path"), str | bytes):
         value = value.get("bytes") or value["path"]
     if isinstance(value, bytes) or (isinstance(value, str) and value.strip()):
-        return value
+        return value.strip() if isinstance(value, str) else value
     raise BadSample("no image", f"{column} is {value!r:.60}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlm.data.captions import Captions, clean_captions, find_captions, json_fields, parse_caption
 from vlm.data.image import BadSample
-from vlm.data.pictures import Folder, Pictures, Record, Records, picture_key
+from vlm.data.pictures import PICTURES, Folder, Pictures, Record, Records, picture_key
 from vlm.data.shards import RawSample, Shards, check_bad, expand
 from vlm.data.source_json import Conversations, json_records, talks
 from vlm.data.source_parquet import Parquet
@@ -17,7 +17,6 @@ from vlm.data.source_rows import TOKEN, Delimited, Rows, json_lines, token_lines
 from vlm.data.source_tables import Table
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".token")
-PICTURES = "jpg;jpeg;png;webp;gif;bmp;tif;tiff"
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # Hugging Face's ImageFolder
 _TRIALS = 64
 
@@ -32,8 +31,8 @@ def open_pictures(
 ) -> Pictures:
     """Tar shards as `Shards`; a folder of pictures, a table, a JSON file as `Source`, whichever `spec` names.
 
-    `image`: suffixes of pictures, or the column that holds them; `caption`: as in `Shards`, json:FIELD is also a
-    column; `id_field`: json field or column. `images`: the folder that paths are relative to, the file's own unless
+    `image`: suffixes of pictures, and columns that hold them; `caption`: as in `Shards`, json:FIELD is also a column;
+    `id_field`: json field or column. `images`: the folder that paths are relative to, the file's own unless
     given. `file.json#val` names a split of Karpathy's.
     ValueError: nothing there, an unknown layout (with what was found), no usable record, too many bad ones.
     """
@@ -54,8 +53,17 @@ def open_pictures(
         files = expand(plain, SUFFIXES)
         root = files[0].parent
     place = Folder(Path(images).expanduser() if images is not None else root)
-    columns = [] if set(image.split(";")) <= set(PICTURES.split(";")) else image.split(";")
-    return Source(_records(files, columns, wanted, id_field, splits[0], place.path), place, max_bad_fraction)
+    return Source(
+        _records(files, [name.strip() for name in image.split(";")], wanted, id_field, splits[0], place.path),
+        place,
+        max_bad_fraction,
+    )
+
+
+def has_paths(spec: Sequence[str]) -> bool:
+    """Whether a source names its pictures by path: all do but folders of pictures and tars."""
+    kinds = {_kind(_split(pattern)[0]) for pattern in spec}
+    return bool(kinds - {".tar", ""}) or (kinds == {""} and bool(_tables_in(Path(spec[0]).expanduser())))
 
 
 def _split(pattern: str) -> tuple[str, str]:
@@ -88,6 +96,8 @@ def _records(
     if strange := [file for file in files if file.suffix.lower() != suffix or file.is_dir()]:
         raise ValueError(f"{strange[0]}: not a {suffix} file as {files[0]}; several files must be of one kind")
     if suffix == ".json":
+        if len(files) > 1:
+            raise ValueError(f"{files[0]} and {len(files) - 1} more: one JSON file at a time; .jsonl may be several")
         return json_records(files[0], image, caption, id_field, split, images)
     rows = _rows(files, suffix)
     return Conversations(rows) if talks(rows.columns) else Table(rows, image, caption, id_field)
@@ -202,8 +212,8 @@ class PictureFolder:
         if not len(self):
             found = ", ".join(f"{suffix or 'no suffix'} ({count})" for suffix, count in seen.most_common(12))
             raise ValueError(
-                f"{folder}: an unknown layout: no tar file, and no picture ({', '.join(self._images)}) with a "
-                f"{' or '.join(self._beside)} file of its name beside it. Found: {found or 'nothing'}. "
+                f"{folder}: an unknown layout: no tar file directly in it, and no picture ({', '.join(self._images)}) "
+                f"with a {' or '.join(self._beside)} file of its name beside it. Found: {found or 'nothing'}. "
                 f"Where captions stand in a table ({', '.join(SUFFIXES)}), name that file"
             )
 

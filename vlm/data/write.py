@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.image import BadSample, decode
-from vlm.data.loader import MAX_WARNINGS
-from vlm.data.pictures import Pictures
-from vlm.data.shards import check_bad
-from vlm.data.sources import PICTURES, Source, open_pictures
+from vlm.data.loader import MAX_WARNINGS, ignore_interrupt, unchanged
+from vlm.data.pictures import PICTURES, Pictures
+from vlm.data.shards import Shards, check_bad
+from vlm.data.sources import Source, has_paths, open_pictures
 from vlm.data.tars import INDEX, SIZES, Names, Tars, check_out, drafted
 
 KEY, PICTURE = "key", "picture"  # fields of each sample's json: the key in the source; samples equal in the other
@@ -84,14 +84,26 @@ def write(
     `max_bad_fraction`: a small source is held to it only if it is given. Errors: see those two.
     """
     check_out(out, overwrite, spec)
+    if images is not None and not has_paths(spec):
+        raise ValueError(
+            f"--images {images}: {spec[0]} holds its pictures itself; only tables and JSON name them by path"
+        )
     source = open_pictures(
         spec, image, caption, id_field, images, LIMIT if max_bad_fraction is None else max_bad_fraction
     )
-    about = source.about if isinstance(source, Source) else f"{source.files[0]}: tar shards; {len(source)} pictures"
+    about = source.about if isinstance(source, Source) else _about_tars(source)
     print(about, file=sys.stderr, flush=True)
-    options = Options(about.partition(": ")[2], id_field is not None, workers, max_bad_fraction is not None, overwrite)
+    layout = about.removeprefix(f"{source.files[0]}: ")
+    options = Options(layout, id_field is not None, workers, max_bad_fraction is not None, overwrite)
     index = write_shards(source, out, recipe, options)
     print(jsonlib.dumps(index, indent=1) if json else _as_text(out, index))
+
+
+def _about_tars(source: Pictures) -> str:
+    about = f"{source.files[0]}: tar shards; {len(source)} pictures"
+    others = source.others if isinstance(source, Shards) else Counter[str]()
+    lost = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common())
+    return about + (f"; members not carried over: {lost}" if lost else "")
 
 
 def _as_text(out: Path, index: dict[str, Any]) -> str:
@@ -103,12 +115,7 @@ def _as_text(out: Path, index: dict[str, Any]) -> str:
     )
 
 
-def write_shards(
-    source: Pictures,
-    out: Path,
-    recipe: Recipe,
-    options: Options | None = None,
-) -> dict[str, Any]:
+def write_shards(source: Pictures, out: Path, recipe: Recipe, options: Options | None = None) -> dict[str, Any]:
     """Writes all usable samples of a source in its order; returns what index.json holds.
 
     Everything goes to a hidden folder beside `out`, which becomes `out` at the end: an interrupted run leaves nothing
@@ -118,7 +125,7 @@ def write_shards(
     """
     options = options or Options()
     with drafted(out, options.overwrite) as draft:
-        index = {"format": options.about, **asdict(recipe), **_fill(draft, source, recipe, options)}
+        index = {"format": options.about, "recipe": asdict(recipe), **_fill(draft, source, recipe, options)}
         sizes = {shard["file"]: shard["samples"] for shard in index["shards"]}
         for name, content in ((SIZES, sizes), (INDEX, index)):
             with (draft / name).open("w", encoding="utf-8") as file:
@@ -135,6 +142,8 @@ def _fill(draft: Path, source: Pictures, recipe: Recipe, options: Options) -> di
     names = Names(source.key(index) for index in range(len(source)))
     tars = Tars(draft, recipe.samples, recipe.max_mb * 2**20)
     for index, made in enumerate(_progress(_made(source, recipe, options), len(source))):
+        if isinstance(made, _Stop):
+            raise ValueError(made.message)
         if isinstance(made, _Bad):
             if bad.total() - source.bad.total() < MAX_WARNINGS:
                 log.warning("unusable sample %s", made.message)
@@ -186,18 +195,30 @@ class _Bad:
 
 
 @dataclass(frozen=True)
-class _Work(Dataset["_Made | _Bad"]):
+class _Stop:
+    """A message for the user, which should not arrive inside a worker's traceback."""
+
+    message: str
+
+
+_Result = _Made | _Bad | _Stop
+
+
+@dataclass(frozen=True)
+class _Work(Dataset[_Result]):
     """Number to sample, for `DataLoader`."""
 
     source: Pictures
     recipe: Recipe
     own_id: bool
 
-    def __getitem__(self, index: int) -> "_Made | _Bad":
+    def __getitem__(self, index: int) -> _Result:
         try:
             return self._make(index)
         except BadSample as bad:
             return _Bad(bad.reason, f"{self.source.where(index)}: {bad}")
+        except ValueError as error:
+            return _Stop(str(error))
 
     def _make(self, index: int) -> _Made:
         raw = self.source.raw(index)
@@ -210,15 +231,20 @@ class _Work(Dataset["_Made | _Bad"]):
         return _Made(raw.key, members, len(raw.captions), image is not raw.image)
 
 
-def _made(source: Pictures, recipe: Recipe, options: Options) -> Iterator[_Made | _Bad]:
+def _made(source: Pictures, recipe: Recipe, options: Options) -> Iterator[_Result]:
     work, workers = _Work(source, recipe, options.own_id), options.workers
     if not workers:
         return (work[index] for index in range(len(source)))
-    return iter(DataLoader(work, batch_size=None, sampler=range(len(source)), num_workers=workers, collate_fn=_same))
-
-
-def _same(made: Any) -> Any:
-    return made
+    return iter(
+        DataLoader(
+            work,
+            batch_size=None,
+            sampler=range(len(source)),
+            num_workers=workers,
+            collate_fn=unchanged,
+            worker_init_fn=ignore_interrupt,
+        )
+    )
 
 
 def encoded(data: bytes, recipe: Recipe) -> tuple[str, bytes]:
@@ -246,7 +272,7 @@ def encoded(data: bytes, recipe: Recipe) -> tuple[str, bytes]:
     return "jpg", out.getvalue()
 
 
-def _progress(made: Iterator[_Made | _Bad], total: int) -> Iterator[_Made | _Bad]:
+def _progress(made: Iterator[_Result], total: int) -> Iterator[_Result]:
     """The same, shown on a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

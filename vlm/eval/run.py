@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlm import build
 from vlm.data.image import BadSample, decode
+from vlm.data.sources import Source
 from vlm.eval.describe import describe
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
@@ -40,6 +41,8 @@ def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = Non
         raise ValueError(f"{trained.folder} was trained without itc, so it cannot rank images and texts")
     data = trained.run.pairs
     source = build.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
+    if isinstance(source, Source):
+        print(source.about, file=sys.stderr)
     loader = build.evaluation_loader(
         trained.run, source, build.transform(trained.run, model, source), trained.tokenizer
     )

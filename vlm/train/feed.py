@@ -15,6 +15,7 @@ from vlm.data.batch import Batch, Text
 from vlm.data.documents import Documents
 from vlm.data.loader import Loader
 from vlm.data.pack import PackedLoader, pack
+from vlm.data.pictures import Pictures
 from vlm.data.sources import Source
 from vlm.data.text import Tokenizer
 from vlm.model.vlm import VisionLanguageModel
@@ -64,9 +65,7 @@ class PairFeed:
     def __init__(self, run: schema.Run, data: schema.PairData) -> None:
         """Errors: names that lead to no shard or source."""
         self._run, self._data = run, data
-        self._shards = build.shards(data, data.train)
-        if isinstance(self._shards, Source):
-            note(self._shards.about)
+        self._shards = _opened(data, data.train)
         self._loader: Loader | None = None
         self.texts = run.train.batch_size * data.captions_per_image
 
@@ -81,13 +80,21 @@ class PairFeed:
         self._loader = build.training_loader(self._run, self._shards, transform, *wanted)
         once = None
         if self._data.val is not None:
-            val = build.shards(self._data, self._data.val)
+            val = _opened(self._data, self._data.val)
             once = build.evaluation_loader(self._run, val, build.transform(self._run, model, val), *wanted).once
         return self._loader.train, once
 
     def bad(self) -> Counter[str]:
         """Of the shards' index and of the loader."""
         return self._shards.bad + (Counter() if self._loader is None else self._loader.bad)
+
+
+def _opened(data: schema.PairData, spec: str | list[str]) -> Pictures:
+    """The pictures, with a word on how a source that is no shard was understood."""
+    pictures = build.shards(data, spec)
+    if isinstance(pictures, Source):
+        note(pictures.about)
+    return pictures
 
 
 class TextFeed:

@@ -10,7 +10,7 @@ FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 
 @click.group()
 def shards() -> None:
-    """Write data sets as tar shards."""
+    """Write, check and look at data sets of pictures and captions."""
 
 
 @shards.command()
@@ -92,3 +92,57 @@ def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, wo
     from vlm.train.features import features as run
 
     run(config, list(overrides), out, dtype, workers, overwrite)  # type: ignore[arg-type]  # click checked the choice
+
+
+@shards.command()
+@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@click.option("--image", default="jpg;png;jpeg;webp", show_default=True, help="Suffixes of the picture.")
+@click.option("--caption", default="txt;json:caption", show_default=True, help="Where the captions stand.")
+@click.option("--min-side", type=click.IntRange(1), default=32, show_default=True, help="Smaller pictures are noted.")
+@click.option("--tokenizer", type=folder, help="A tokenizer.json: captions longer than --max-tokens are noted.")
+@click.option("--max-tokens", type=click.IntRange(3), default=32, show_default=True)
+@click.option(
+    "--max-bad-fraction", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Else exit code 1."
+)
+@click.option("--json", is_flag=True, help="Print JSON.")
+def check(
+    shards: tuple[str, ...],
+    image: str,
+    caption: str,
+    min_side: int,
+    tokenizer: Path | None,
+    max_tokens: int,
+    max_bad_fraction: float,
+    json: bool,
+) -> None:
+    """Count what is wrong or odd in tar shards.
+
+    Reads every picture and caption once. Exit code 0: fit to train on; 1: too many unusable samples, or a repeated key.
+    """
+    from vlm.data.check import Rules, as_json, as_text, healthy
+    from vlm.data.check import check as run
+    from vlm.data.text import load_tokenizer
+
+    words = None if tokenizer is None else load_tokenizer(tokenizer)
+    report = run(list(shards), Rules(image, caption, min_side, words, max_tokens))
+    click.echo(as_json(report) if json else as_text(report))
+    if not healthy(report, max_bad_fraction):
+        raise SystemExit(1)
+
+
+@shards.command()
+@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@click.option(
+    "--config", type=folder, help="A config, or the folder of a run: shows the captions as its model sees them."
+)
+@click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Samples.")
+@click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Take every so many-th.")
+@click.option("--out", type=folder, help="Write the pictures with their captions here, as PNG or JPEG.")
+def preview(shards: tuple[str, ...], config: Path | None, count: int, every: int, out: Path | None) -> None:
+    """Show a few samples, token by token.
+
+    With --config each token's id, and whether the model learns to predict it; with --out a sheet of the pictures.
+    """
+    from vlm.eval.preview import preview as run
+
+    click.echo(run(shards, config, count, out, every))

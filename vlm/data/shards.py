@@ -8,7 +8,7 @@ import re
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ class Shards:
         finished: set[str] = set()
         key, members = "", dict[str, tuple[int, int]]()
         damaged = len(self._damage)
-        for name, offset, size in _members(file, self._damage):
+        for name, offset, size in tar_members(file, self._damage):
             stem, _, suffix = name.rpartition("/")[2].partition(".")
             if not stem or not suffix:
                 continue  # no sample by webdataset's rule: README, hidden files
@@ -304,8 +304,10 @@ def check_bad(bad: Counter[str], seen: int, limit: float, where: str) -> None:
         )
 
 
-def _members(file: Path, damage: list[str]) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file in a tar; links, devices and folders are passed over.
+def tar_members(
+    file: Path, damage: list[str], odd: Callable[[tarfile.TarInfo], None] | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each regular file in a tar; links, devices and folders are passed over (`odd` is told).
 
     Ends early, with a message added to `damage`, where the tar is cut off or damaged outside its files' contents.
     ValueError when it cannot be read at all.
@@ -319,6 +321,8 @@ def _members(file: Path, damage: list[str]) -> Iterator[tuple[str, int, int]]:
                 if plain and member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"{member.name!r} is not all there")
                 end = tar.offset
+                if not plain and odd is not None:
+                    odd(member)
                 if plain:
                     yield member.name, member.offset_data, member.size
             end = tar.offset

@@ -141,7 +141,7 @@ class Loader:
                     sampler=steps,
                     num_workers=self.workers,
                     collate_fn=_unchanged,
-                    worker_init_fn=_ignore_interrupt,
+                    worker_init_fn=_ignore_signals,
                     generator=torch.Generator(),  # else starting the workers would draw from the global one
                 )
             )
@@ -239,6 +239,7 @@ def _unchanged(work: Any) -> Any:
     return work
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is the main process's to handle; workers end with it."""
+def _ignore_signals(worker: int) -> None:
+    """What asks the job to stop is the main process's to handle, which may need a batch yet; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """Why a step has no finite gradient: a second pass over its batches, with every module watched."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -18,28 +18,37 @@ SHOWN = 8  # sample keys in a message
 def explain(task: Task, group: Sequence[Batch], seed: int, precision: torch.dtype) -> str:
     """The first module (in order of the pass) whose output is not finite, or what else is not, and the samples.
 
-    Run after the backward pass of the step, from which it takes the gradients; changes nothing.
+    For a step that is skipped: its gradients go, weights, buffers and random numbers stay. `seed`: of the step.
     """
-    with aside(task), torch.no_grad(), fast_float32():
+    with aside(task), fast_float32():
         torch.manual_seed(seed)
+        with torch.no_grad():
+            faults = [fault for batch in group if (fault := _forward_fault(task, batch, precision))]
+        if faults:
+            return faults[0]
+        torch.manual_seed(seed)
+        task.zero_grad(set_to_none=True)
         for batch in group:
-            if batch.images is not None and (rows := _bad_rows(batch.images)):
-                return f"the pixels are not finite{_samples(batch, rows)}"
-            with ExitStack() as stack, autocast(batch.owner.device, precision):
-                found = stack.enter_context(_watched(task.model))
-                losses = task(batch).each
-            if found:
-                name, output = found[0]
-                rows = _bad_rows(output) if len(output) == len(batch.keys) else []
-                return f"{name} is the first module whose output is not finite{_samples(batch, rows)}"
-            for name, loss in losses.items():
-                if not loss.isfinite():
-                    return f"the {name} loss is not finite{_samples(batch, [])}"
-    names = [n for n, p in task.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    samples = "".join(_samples(batch, []) for batch in group[:1])
-    if not names:
-        return f"every gradient is finite but their common norm is not{samples}"
-    return f"the losses are finite, but the gradient of {names[-1]} is not{samples}"
+            with autocast(batch.owner.device, precision):
+                total = task(batch).total
+            total.backward()
+            bad = [n for n, p in task.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            if bad:
+                return f"the losses are finite, but the gradient of {bad[-1]} is not{_samples(batch, [])}"
+    return "every gradient is finite, but too large for their norm to be"
+
+
+def _forward_fault(task: Task, batch: Batch, precision: torch.dtype) -> str:
+    if batch.images is not None and (rows := _bad_rows(batch.images)):
+        return f"the pixels are not finite{_samples(batch, rows)}"
+    with _watched(task.model) as found, autocast(batch.owner.device, precision):
+        losses = task(batch).each
+    if found:
+        name, output = found[0]
+        rows = _bad_rows(output) if output.ndim > 1 and len(output) == len(batch.keys) else []
+        return f"{name} is the first module whose output is not finite{_samples(batch, rows)}"
+    bad = [name for name, loss in losses.items() if not loss.isfinite()]
+    return f"the {bad[0]} loss is not finite{_samples(batch, [])}" if bad else ""
 
 
 @contextmanager
@@ -94,7 +103,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _bad_rows(tensor: Tensor) -> list[int]:
-    rows: list[int] = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist() if tensor.ndim > 1 else []
+    rows: list[int] = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     return rows
 
 

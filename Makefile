@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv, made again only when pyproject.toml changes.
 #   make quickstart   train, evaluate and caption on the pictures inside the package    (ARGS="--overwrite")
 #   make test         lint, types, import rules, then all tests: fast ones first         (ARGS="-k retrieval")
+#   make test-faults   bad input, damaged files, 20 kills at random moments
 #   make lint         ruff, mypy, import rules          make format   rewrite the code in the house format
 #   make bench        timings beside other implementations
 #   make language-models   RetNet, Transformer and DeepSeekMoE on the same text, into docs/language-models.md
@@ -15,7 +16,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: quickstart test lint format bench language-models clean
+.PHONY: quickstart test test-faults lint format bench language-models clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.user
@@ -23,6 +24,9 @@ quickstart: $(VENV)/.user
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-faults: $(VENV)/.dev
+	VLM_TEST_KILLS=20 $(BIN)/python -m pytest tests/faults $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -115,7 +115,8 @@ def tiny_run(folder: Path, kind: str, *overrides: str, **train: Any) -> Run:
 def records(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    timed = ("second", "data_share", "memory", "mfu")
+    return [{k: v for k, v in line.items() if not any(word in k for word in timed)} for line in lines]
 
 
 class Made:

@@ -4,7 +4,9 @@ A run folder holds config.yaml, tokenizer.json, metrics.jsonl, step-0001000/ …
 `best`, where that is kept too, names the one of the lowest validation loss.
 """
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -21,6 +23,8 @@ from torch.optim import Optimizer
 from vlm.model.weights.files import differences, fingerprint, read
 
 CONFIG, LATEST, BEST = "config.yaml", "latest", "best"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def save(
 ) -> Path:
     """Writes step-N beside the others and then moves `latest` to it; an interrupted or failed save changes nothing.
 
-    `best`: it is the best so far, and outlives the `keep` newest.
+    `best`: it is the best so far, and outlives the `keep` newest. Checkpoints of later steps go: they are damaged, or
+    will be made again.
 
     Errors: OSError when the disk is full or not writable.
     """
@@ -74,11 +79,13 @@ def save(
         if average is not None:
             _write(draft / "average.safetensors", average)
         frozen = {"tensors": len(stored.frozen), "sha256": stored.sha256}
-        state = {"step": step, "frozen": frozen, **(extra or {})}
-        (draft / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        files = {file.name: _file_hash(file) for file in sorted(draft.iterdir())}
+        state = {"step": step, "frozen": frozen, "files": files, **(extra or {})}
+        (draft / "state.json").write_text(json.dumps({**state, "sha256": _own_hash(state)}, indent=1) + "\n")
         for file in draft.iterdir():
             _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         draft.replace(final)
         _point(run, LATEST, final.name)
         if best:
@@ -86,15 +93,69 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"could not save step {step} in {run}: {error}; the checkpoints before it are whole") from None
-    for old in checkpoints(run)[:-keep]:
-        if old != _named(run, BEST):
-            shutil.rmtree(old)
+    found = checkpoints(run)
+    mine = found.index(final)
+    for other in found[: max(0, mine + 1 - keep)] + found[mine + 1 :]:
+        if other != _named(run, BEST):
+            _remove(other)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first, so that a kill leaves no checkpoint with some of its files."""
+    draft = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    folder.replace(draft)
+    shutil.rmtree(draft)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """All complete checkpoints, oldest first."""
     return sorted(path for path in run.glob("step-*") if (path / "state.json").is_file())
+
+
+def begun(run: Path) -> bool:
+    """Whether something was ever saved in the folder."""
+    return any(run.glob("step-*"))
+
+
+def whole(run: Path, prefer: str = LATEST) -> Path:
+    """The checkpoint that the pointer `prefer` names (else the newest) if its hashes are right, or the one before it.
+
+    What is damaged is passed over with a warning that names it and the one used. Errors: as of `latest`; none whole.
+    """
+    if not begun(run):
+        return latest(run)
+    first = _named(run, prefer) or _named(run, LATEST)
+    found = sorted(run.glob("step-*"), reverse=True)
+    order = found if first is None else [first, *(path for path in found if path != first)]
+    faults: list[str] = []
+    for path in order:
+        if not (fault := damage(path)):
+            for bad in faults:
+                log.warning("warning: %s; using %s in its place", bad, path.name)
+            return path
+        faults.append(f"{path} is damaged ({fault})")
+    raise ValueError("\n".join([f"{run} holds no whole checkpoint:", *(f"  {fault}" for fault in faults)]))
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty if they are, byte for byte, what was saved."""
+    try:
+        state = read_state(checkpoint)
+        files = dict(state["files"])
+        if state.pop("sha256") != _own_hash(state):
+            return "state.json has changed"
+    except FileNotFoundError:
+        return "state.json is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "state.json cannot be read"
+    for name, digest in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _file_hash(checkpoint / name) != digest:
+            return f"{name} has changed"
+    return ""
 
 
 def latest(run: Path) -> Path:
@@ -114,9 +175,21 @@ def best(run: Path) -> Path:
     return _named(run, BEST) or latest(run)
 
 
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _own_hash(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def _named(run: Path, pointer: str) -> Path | None:
     file = run / pointer
-    named = run / file.read_text().strip() if file.is_file() else None
+    named = run / file.read_text(errors="replace").strip() if file.is_file() else None
     return named if named is not None and (named / "state.json").is_file() else None
 
 

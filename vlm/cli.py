@@ -1,11 +1,12 @@
 """The verbs: arguments only. A verb imports what it runs, so that help and wrong arguments cost no torch.
 
-Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 terminated.
 """
 
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -44,20 +45,40 @@ def quickstart(overrides: tuple[str, ...], out: Path, overwrite: bool) -> None:
     run(out, overwrite=overwrite, overrides=overrides)
 
 
-@app.command()
+class _TrainCommand(click.Command):
+    """Takes `--resume` with or without `auto` after it: click alone would take any word there for its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        found: list[str] = []
+        for word in args[:end]:
+            if word == "auto" and found[-1:] == ["--resume=must"]:
+                found[-1] = "--resume=auto"
+            else:
+                found.append("--resume=must" if word == "--resume" else word)
+        return super().parse_args(ctx, found + args[end:])
+
+
+@app.command(cls=_TrainCommand)
 @config_argument
 @overrides_argument
 @click.option("--out", type=folder, help="The run folder; runs/ and the config's name unless given.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the run folder.")
+@click.option(
+    "--resume",
+    type=click.Choice(["must", "auto"]),
+    metavar="[auto]",
+    help="Go on from the last checkpoint in the run folder; auto: start where there is none.",
+)
 @overwrite_option
-def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, overwrite: bool) -> None:
+def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: str | None, overwrite: bool) -> None:
     """Train what a config describes.
 
     CONFIG is a YAML file; KEY=VALUE changes a setting of it, such as train.steps=100.
     """
     from vlm.train.run import train as run
 
-    run(config, list(overrides), out=out or Path("runs", config.stem), resume=resume, overwrite=overwrite)
+    chosen: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
+    run(config, list(overrides), out=out or Path("runs", config.stem), resume=chosen, overwrite=overwrite)
 
 
 @app.command()

@@ -97,11 +97,11 @@ def _take(module: nn.Module, given: dict[str, Tensor], part: str, path: Path) ->
 
 
 def restore(folder: Path, device: torch.device | None = None) -> Trained:
-    """A run's newest checkpoint (its best, if that is kept), ready for evaluation.
+    """A run's newest checkpoint (its best, if that is kept), ready for evaluation; a damaged one is passed over.
 
     Errors: no run, no checkpoint, weights that do not fit.
     """
-    chosen = checkpoint.best(folder)
+    chosen = checkpoint.whole(folder, checkpoint.BEST)
     run = load(schema.Run, folder / CONFIG)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     model = build.model(run, tokenizer)

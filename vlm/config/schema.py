@@ -266,6 +266,7 @@ class Train(Section):
     log_every: Positive = 20
     eval_every: Positive | None = None
     save_every: Positive | None = Field(None, description="only at the end unless given")
+    max_bad_steps: Positive = Field(5, description="steps in a row without a finite gradient before the run gives up")
     keep: Positive = Field(2, description="checkpoints to keep")
     keep_best: bool = Field(False, description="keep the checkpoint of the lowest validation loss too, and use it")
     report_to: list[Literal["tensorboard"]] = Field(default_factory=list)

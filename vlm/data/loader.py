@@ -143,7 +143,7 @@ class Loader:
                     sampler=steps,
                     num_workers=self.workers,
                     collate_fn=unchanged,
-                    worker_init_fn=ignore_interrupt,
+                    worker_init_fn=ignore_signals,
                     generator=torch.Generator(),  # else starting the workers would draw from the global one
                 )
             )
@@ -242,6 +242,7 @@ def unchanged(work: Any) -> Any:
     return work
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is the main process's to handle; workers end with it."""
+def ignore_signals(worker: int) -> None:
+    """What asks the job to stop is the main process's to handle, which may need a batch yet; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

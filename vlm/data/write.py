@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.image import BadSample, decode
-from vlm.data.loader import MAX_WARNINGS, ignore_interrupt, unchanged
+from vlm.data.loader import MAX_WARNINGS, ignore_signals, unchanged
 from vlm.data.pictures import PICTURES, Pictures
 from vlm.data.shards import Shards, check_bad
 from vlm.data.sources import Source, has_paths, open_pictures
@@ -242,7 +242,7 @@ def _made(source: Pictures, recipe: Recipe, options: Options) -> Iterator[_Resul
             sampler=range(len(source)),
             num_workers=workers,
             collate_fn=unchanged,
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=ignore_signals,
         )
     )
 

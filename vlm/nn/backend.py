@@ -1,8 +1,9 @@
 """What this machine computes fast, found out by trying it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,6 +57,11 @@ def _allowed(precision: str) -> Iterator[None]:
         yield
     finally:
         switch.fp32_precision = before
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
+    """Products in `precision`; norms, softmax and losses stay in fp32."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """Mixtures of experts while training: balance by bias, equal on all processes, and what the log tells of them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,9 +37,22 @@ class Health:
             for mixture, load in zip(self.mixtures, loads, strict=True):
                 update_bias(mixture.router, load, self.bias_rate)
         entropies = [torch.stack([routing.entropy for routing in routings]) for routings in passes]
-        self._loads, self._entropy = self._loads + loads, self._entropy + torch.stack(entropies).sum(0)
-        self._dropped = self._dropped + torch.stack([r.dropped for routings in passes for r in routings]).sum()
+        self._loads = self._loads.to(loads.device) + loads
+        self._entropy = self._entropy.to(loads.device) + torch.stack(entropies).sum(0)
+        self._dropped = (
+            self._dropped.to(loads.device) + torch.stack([r.dropped for routings in passes for r in routings]).sum()
+        )
         self._passes += len(passes)
+
+    def pending(self) -> dict[str, Any]:
+        """What the next report will tell of steps that are done, as JSON can hold it."""
+        parts = (self._loads, self._entropy, self._dropped)
+        return {"sums": [part.tolist() for part in parts], "passes": self._passes}
+
+    def take_up(self, pending: Mapping[str, Any]) -> None:
+        """Goes on where an earlier part of the run was."""
+        self._loads, self._entropy, self._dropped = (torch.tensor(part) for part in pending["sums"])
+        self._passes = pending["passes"]
 
     def report(self) -> "Report | None":
         """What happened since the last report; None without experts or steps."""

@@ -24,10 +24,9 @@ from vlm.data.pictures import Pictures
 from vlm.data.shards import check_bad
 from vlm.data.tars import INDEX, SIZES, Names, Tars, check_out, drafted
 from vlm.model.vlm import VisionLanguageModel
-from vlm.nn.backend import best_device, fast_float32
+from vlm.nn.backend import autocast, best_device, fast_float32
 from vlm.restore import initialise
 from vlm.train.log import note
-from vlm.train.task import autocast
 
 SAMPLES, MAX_BYTES = 10_000, 2**30  # of a shard
 BATCH = 32

@@ -20,10 +20,9 @@ from vlm.data.sources import Source
 from vlm.data.text import Tokenizer
 from vlm.model.vlm import VisionLanguageModel
 from vlm.train.log import note
+from vlm.train.validate import Once
 
 PACKED = "packed"  # ids of the texts, in the run's folder
-
-Once = Callable[[], Iterator[Batch]]
 
 
 @runtime_checkable

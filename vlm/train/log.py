@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -11,10 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vlm.train.experts import Health
+from vlm.train.validate import GAP, blind
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
@@ -34,16 +37,21 @@ class Log:
         later: float = 0.0,
         health: Health | None = None,
         token_seconds: float | None = None,
+        pending: Mapping[str, Any] | None = None,
     ) -> None:
         """`chance`: of each loss, what guessing gives; `start`: the step a resumed run goes on from.
 
         `later`: work that follows this run, as a multiple of it, to say how long is left in all. `health`: of mixtures
         of experts. `token_seconds`: what a token takes at the machine's peak, to tell the utilisation (MFU).
+        `pending`: from the `pending()` of an earlier part of the run.
         """
         self.steps, self.every, self.chance, self.title = steps, every, chance, title
         self.console = Console(stderr=True, highlight=False)
-        self._sums: dict[str, float] = defaultdict(float)
-        self._count, self._since, self._began, self._start = 0, time.perf_counter(), time.perf_counter(), start
+        pending = pending or {"sums": {}, "count": 0}
+        self._sums: dict[str, float] = defaultdict(float, pending["sums"])
+        self._waited, self._steps = 0.0, 0
+        self._count: int = pending["count"]
+        self._since, self._began, self._start = time.perf_counter(), time.perf_counter(), start
         self._stuck: set[str] = set()
         self._later, self._health, self._token_seconds = later, health, token_seconds
         self._counts: dict[str, float] = defaultdict(float)
@@ -77,15 +85,29 @@ class Log:
         if self._board is not None:
             self._board.close()
 
+    def pending(self) -> dict[str, Any]:
+        """What the next report will tell of steps that are done: saved with them, the log of a resumed run is equal."""
+        return {"sums": dict(self._sums), "count": self._count}
+
     def step(
-        self, done: int, losses: Mapping[str, float], facts: Mapping[str, float], counts: Mapping[str, float]
+        self,
+        done: int,
+        losses: Mapping[str, float],
+        facts: Mapping[str, float],
+        counts: Mapping[str, float],
+        waited: float = 0.0,
     ) -> None:
-        """After each step: losses, facts of which the newest are told (rate), counts that are told per second."""
+        """After each step: losses, facts of which the newest are told (rate), counts that are told per second.
+
+        `waited`: seconds until the data was there.
+        """
         for name, value in losses.items():
             self._sums[name] += value
         for name, value in counts.items():
             self._counts[name] += value
         self._count += 1
+        self._steps += 1
+        self._waited += waited
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
         if done % self.every == 0 or done == self.steps:
@@ -95,6 +117,13 @@ class Log:
         """Something measured now and then, such as a validation."""
         self._write(done, values)
         self.say(f"{self.title} {done}/{self.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        if GAP in values and self._late(done) and blind(values[GAP], values["val/loss_lm"]) and GAP not in self._stuck:
+            self._stuck.add(GAP)
+            self.say(
+                f"warning: after {done} steps the lm loss is the same with the wrong pictures (vision gap "
+                f"{values[GAP]:.4f}): the model writes without looking. Look at pictures and captions, at whether the "
+                "connector learns, and at its rate."
+            )
 
     def say(self, text: str) -> None:
         """One line for people, above the bar if there is one."""
@@ -108,7 +137,7 @@ class Log:
         values |= {f"chance/loss_{name}": self.chance[name] for name in means if name in self.chance}
         values |= {f"train/{name}": value for name, value in facts.items()}
         values |= {f"train/{name}_per_second": value for name, value in speed.items()}
-        values["seconds"] = now - self._began
+        values |= self._times(now)
         if self._token_seconds is not None and "tokens" in speed:
             values["train/mfu"] = speed["tokens"] * self._token_seconds
         values |= self._experts()
@@ -125,13 +154,27 @@ class Log:
         self._warn(done, means)
         self._sums.clear()
         self._counts.clear()
-        self._count, self._since = 0, now
+        self._count, self._steps, self._waited, self._since = 0, 0, 0.0, now
+
+    def _times(self, now: float) -> dict[str, float]:
+        """Seconds a step spent on waiting for data and on computing, and the memory."""
+        data, whole = self._waited / self._steps, (now - self._since) / self._steps
+        return {
+            "train/data_seconds": data,
+            "train/compute_seconds": whole - data,
+            "train/data_share": data / whole if whole else 0.0,
+            "train/peak_memory_mb": peak_memory() / 2**20,
+            "seconds": now - self._began,
+        }
+
+    def _late(self, done: int) -> bool:
+        """Whether something should have been learned by now."""
+        return done >= max(200, self.steps // 5)
 
     def _pace(self, speed: Mapping[str, float]) -> str:
-        if "tokens" not in speed:
+        if "tokens" not in speed or self._token_seconds is None:
             return f"{speed.get('samples', 0):.0f} samples/s"
-        used = "" if self._token_seconds is None else f"  MFU {100 * speed['tokens'] * self._token_seconds:.0f} %"
-        return f"{speed['tokens']:.0f} tokens/s{used}"
+        return f"{speed['tokens']:.0f} tokens/s  MFU {100 * speed['tokens'] * self._token_seconds:.0f} %"
 
     def _experts(self) -> Mapping[str, float | list[float]]:
         report = None if self._health is None else self._health.report()
@@ -145,7 +188,7 @@ class Log:
     def _warn(self, done: int, means: Mapping[str, float]) -> None:
         for name, value in means.items():
             level = self.chance.get(name)
-            if level is None or name in self._stuck or done < max(200, self.steps // 5) or value < 0.97 * level:
+            if level is None or name in self._stuck or not self._late(done) or value < 0.97 * level:
                 continue
             self._stuck.add(name)
             self.say(
@@ -165,6 +208,14 @@ class Log:
 
 def _beside_chance(name: str, value: float, level: float | None) -> str:
     return f"{name} {value:.3f}" + ("" if level is None else f" (chance {level:.3f})")
+
+
+def peak_memory() -> int:
+    """Bytes: the most that was allocated on the GPU, or that the process had resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def clock(seconds: float) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vlm.data.batch import Batch, positives
 from vlm.model.vlm import need
-from vlm.nn.backend import fast_float32
-from vlm.train.task import Itc, Pull, Task, Views, autocast
+from vlm.nn.backend import autocast, fast_float32
+from vlm.train.task import Itc, Pull, Task, Views
 
 
 class Pooled(NamedTuple):

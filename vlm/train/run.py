@@ -1,34 +1,38 @@
 """`vlm train`: from a configuration to a trained run folder."""
 
 import math
-import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.language import MoeFfn
-from vlm.config.load import dump, load
+from vlm.config.load import load
 from vlm.data.text import Tokenizer, load_tokenizer
-from vlm.nn.backend import best_device, fast_float32
+from vlm.nn.backend import best_device
 from vlm.restore import TOKENIZER, initialise, relative_init, sourced_parts
 from vlm.train.average import Average
 from vlm.train.experts import Health, experts_of
-from vlm.train.feed import Feed, Once, begun, feed
-from vlm.train.log import BOARD, METRICS, Log, check_reports, note
-from vlm.train.loop import Interrupted, Plan, fit
+from vlm.train.feed import Feed, begun, feed
+from vlm.train.folder import Resume, check_folder, prepare
+from vlm.train.lock import locked
+from vlm.train.log import Log, check_reports, note
+from vlm.train.loop import Plan, Progress, fit
 from vlm.train.optim import Line, Rule, assign, make_optimizer, table
+from vlm.train.signals import Interrupted, leave
 from vlm.train.speed import flops_per_token, peak_flops
-from vlm.train.task import Itc, Itm, Lm, Objective, Task, autocast
+from vlm.train.task import Itc, Itm, Lm, Objective, Task
+from vlm.train.validate import validate
 
 
-def train(config: Path, overrides: Sequence[str], out: Path, resume: bool = False, overwrite: bool = False) -> None:
+def train(config: Path, overrides: Sequence[str], out: Path, resume: Resume = False, overwrite: bool = False) -> None:
     """Trains what `config` describes into the folder `out`.
 
-    Errors: mistakes in the settings (all at once), unusable data, a folder that holds another run.
+    `resume`: True goes on from a checkpoint that must be there, "auto" starts where there is none.
+    Errors: mistakes in the settings (all at once), unusable data, a folder that holds another run or is in use.
     """
     run = load(schema.Run, config, overrides)
     train_run(run, out, resume, overwrite)
@@ -37,7 +41,7 @@ def train(config: Path, overrides: Sequence[str], out: Path, resume: bool = Fals
 def train_run(
     run: schema.Run,
     out: Path,
-    resume: bool = False,
+    resume: Resume = False,
     overwrite: bool = False,
     title: str = "train",
     later: float = 0.0,
@@ -46,17 +50,22 @@ def train_run(
     run = relative_init(run, out)
     check_folder(out, run, resume, overwrite)
     check_reports(run.train.report_to)
+    with locked(out):
+        _train(run, out, check_folder(out, run, resume, overwrite), title, later)
+
+
+def _train(run: schema.Run, out: Path, resume: bool, title: str, later: float) -> None:
     data = feed(run)
     tokenizer = load_tokenizer(out / TOKENIZER) if resume else build.tokenizer(run.tokenizer, data.captions())
     job = Job(run, out, data, tokenizer, resume)
-    _prepare(out, run, tokenizer, fresh=not resume)
+    prepare(out, run, tokenizer, fresh=not resume)
     try:
         job.fit(title, later)
     except Interrupted as stop:
         note(
             f"{title}: stopped and saved at step {stop.step}; go on with: vlm train {out / CONFIG} --out {out} --resume"
         )
-        raise KeyboardInterrupt from None
+        raise leave(stop.number) from None
     if bad := data.bad():
         note("unusable samples: " + ", ".join(f"{count} x {reason}" for reason, count in bad.most_common()))
 
@@ -81,7 +90,10 @@ class Job:
         self.optimizer = make_optimizer(model, decided, run.train.betas)
         self.average = None if run.train.ema is None else Average(model, run.train.ema)
         self.health = Health(experts_of(model), bias_rate(run))
-        self.start, self.best = self._resume() if resume else (0, math.inf)
+        self.start, self.best, self.progress = 0, math.inf, Progress()
+        self.pending: dict[str, Any] | None = None
+        if resume:
+            self._resume()
         train, self.once = data.open(model, tokenizer, out)
         self.batches = begun(train(self.start * run.train.accumulate))
 
@@ -90,7 +102,7 @@ class Job:
         run = self.run
         texts, batch = self.data.texts, run.train.batch_size
         chance = {o.name: o.chance(batch, texts) for o in self.task.objectives}
-        log = Log(
+        self.log = Log(
             self.out,
             run.train.steps,
             title,
@@ -101,14 +113,15 @@ class Job:
             later,
             self.health,
             self._token_seconds(),
+            self.pending,
         )
-        with log:
+        with self.log:
             fit(
                 self.task,
                 self.batches,
                 self.optimizer,
                 plan(run.train),
-                log,
+                self.log,
                 self.precision,
                 self._save,
                 None if self.once is None else self._validate,
@@ -116,11 +129,18 @@ class Job:
                 self.start,
                 self.health,
                 self.best,
+                self.progress,
             )
 
     def _save(self, step: int, lowest: float, best: bool) -> None:
         averaged = None if self.average is None else self.average.tensors
-        extra = {"bad": dict(self.data.bad()), "lowest": lowest if math.isfinite(lowest) else None}
+        extra = {
+            "bad": dict(self.data.bad()),
+            "lowest": lowest if math.isfinite(lowest) else None,
+            "progress": asdict(self.progress),
+            "log": self.log.pending(),
+            "experts": self.health.pending(),
+        }
         keep = self.run.train.keep
         checkpoint.save(self.out, step, self.task.model, self.stored, self.optimizer, averaged, keep, extra, best)
 
@@ -128,15 +148,17 @@ class Job:
         assert self.once is not None
         return validate(self.task, self.once, self.precision)
 
-    def _resume(self) -> tuple[int, float]:
-        newest, model = checkpoint.latest(self.out), self.task.model
-        step = checkpoint.load_weights(newest, model, sourced_parts(self.run), averaged=False)
-        checkpoint.load_optimizer(newest, model, self.optimizer)
+    def _resume(self) -> None:
+        chosen, model = checkpoint.whole(self.out), self.task.model
+        self.start = checkpoint.load_weights(chosen, model, sourced_parts(self.run), averaged=False)
+        checkpoint.load_optimizer(chosen, model, self.optimizer)
         if self.average is not None:
-            self.average.load(newest / "average.safetensors")
-        lowest = checkpoint.read_state(newest).get("lowest")
-        note(f"resuming {self.out} at step {step}")
-        return step, math.inf if lowest is None else lowest
+            self.average.load(chosen / "average.safetensors")
+        state = checkpoint.read_state(chosen)
+        self.best = math.inf if state["lowest"] is None else state["lowest"]
+        self.progress, self.pending = Progress(**state["progress"]), state["log"]
+        self.health.take_up(state["experts"])
+        note(f"resuming {self.out} at step {self.start}")
 
     def _token_seconds(self) -> float | None:
         """What a token takes at the peak of this machine; None with pictures, whose cost is not counted."""
@@ -150,23 +172,6 @@ def bias_rate(run: schema.Run) -> float | None:
     """Step of the experts' selection bias, if that is what balances them."""
     language = run.model.language
     return language.ffn.bias_rate if language is not None and isinstance(language.ffn, MoeFfn) else None
-
-
-def check_folder(out: Path, run: schema.Run, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that holds another run, and a resume that would change the settings. Changes nothing."""
-    held = out / CONFIG
-    if resume:
-        if not held.is_file():
-            raise ValueError(f"--resume: {out} holds no run (no {CONFIG})")
-        if dump(load(schema.Run, held)) != dump(run):
-            raise ValueError(
-                f"--resume: the settings differ from {held}; resume with that file, or start another folder"
-            )
-        checkpoint.latest(out)
-    elif held.is_file() and not overwrite:
-        raise ValueError(f"{out} holds a run already: choose another --out, --resume it, or --overwrite it")
-    elif out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file")
 
 
 def objective(settings: schema.Loss, tokenizer: Tokenizer, accumulate: int = 1) -> Objective:
@@ -204,6 +209,7 @@ def plan(train: schema.Train) -> Plan:
         train.eval_every,
         train.save_every,
         train.keep_best,
+        train.max_bad_steps,
     )
 
 
@@ -216,34 +222,3 @@ def rules(run: schema.Run) -> list[Rule]:
 def frozen_parts(run: schema.Run) -> list[str]:
     """Parts frozen by a setting of their own."""
     return ["vision"] if run.model.vision is not None and run.model.vision.frozen else []
-
-
-def validate(task: Task, once: Once, precision: torch.dtype) -> dict[str, float]:
-    """Mean losses over a data set, each sample once."""
-    device = next(task.parameters()).device
-    sums: dict[str, float] = {}
-    shares: dict[str, float] = {}
-    task.eval()
-    torch.manual_seed(0)
-    with torch.no_grad(), fast_float32():
-        for batch in once():
-            batch = batch.to(device)
-            with autocast(device, precision):
-                losses = task(batch)
-            for o in task.objectives:
-                share = o.share(batch)
-                sums[o.name] = sums.get(o.name, 0.0) + share * float(losses.each[o.name])
-                shares[o.name] = shares.get(o.name, 0.0) + share
-    return {f"val/loss_{name}": total / max(1.0, shares[name]) for name, total in sums.items()}
-
-
-def _prepare(out: Path, run: schema.Run, tokenizer: Tokenizer, fresh: bool) -> None:
-    if fresh and (out / CONFIG).is_file():  # a folder that holds no run is nobody's to clear
-        for old in checkpoint.checkpoints(out):
-            shutil.rmtree(old)
-        shutil.rmtree(out / BOARD, ignore_errors=True)
-        for name in (METRICS, checkpoint.LATEST, checkpoint.BEST):
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out / TOKENIZER)
-    (out / CONFIG).write_text(dump(run), encoding="utf-8")

@@ -5,10 +5,9 @@ Letters: B images, M texts, P pairs.
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -179,11 +178,6 @@ def written_by_qformer(captions: Text, dec: int) -> Text:
     ids = captions.ids.clone()
     ids[:, 0] = dec
     return replace(captions, ids=ids)
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[Any]:
-    """Products in `precision`; norms, softmax and losses stay in fp32."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 class Losses(NamedTuple):

@@ -70,15 +70,31 @@ class _TrainCommand(click.Command):
     help="Go on from the last checkpoint in the run folder; auto: start where there is none.",
 )
 @overwrite_option
-def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: str | None, overwrite: bool) -> None:
+@click.option(
+    "--overfit",
+    "few",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Only try whether the first N samples can be learned by heart; exit code 1 if not, and no run folder.",
+)
+def train(
+    config: Path, overrides: tuple[str, ...], out: Path | None, resume: str | None, overwrite: bool, few: int | None
+) -> None:
     """Train what a config describes.
 
     CONFIG is a YAML file; KEY=VALUE changes a setting of it, such as train.steps=100.
     """
+    place = out or Path("runs", config.stem)
+    if few is not None:
+        if resume or overwrite:
+            raise click.UsageError("--overfit touches no run folder: give it without --resume and --overwrite")
+        from vlm.train.overfit import overfit
+
+        sys.exit(not overfit(config, list(overrides), place, few))
     from vlm.train.run import train as run
 
     chosen: bool | Literal["auto"] = "auto" if resume == "auto" else resume is not None
-    run(config, list(overrides), out=out or Path("runs", config.stem), resume=chosen, overwrite=overwrite)
+    run(config, list(overrides), out=place, resume=chosen, overwrite=overwrite)
 
 
 @app.command()

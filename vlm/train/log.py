@@ -38,12 +38,13 @@ class Log:
         health: Health | None = None,
         token_seconds: float | None = None,
         pending: Mapping[str, Any] | None = None,
+        sample_seconds: float | None = None,
     ) -> None:
         """`chance`: of each loss, what guessing gives; `start`: the step a resumed run goes on from.
 
         `later`: work that follows this run, as a multiple of it, to say how long is left in all. `health`: of mixtures
-        of experts. `token_seconds`: what a token takes at the machine's peak, to tell the utilisation (MFU).
-        `pending`: from the `pending()` of an earlier part of the run.
+        of experts. `token_seconds`, `sample_seconds`: what one takes at the machine's peak, to tell the utilisation
+        (MFU). `pending`: from the `pending()` of an earlier part of the run.
         """
         self.steps, self.every, self.chance, self.title = steps, every, chance, title
         self.console = Console(stderr=True, highlight=False)
@@ -53,7 +54,8 @@ class Log:
         self._count: int = pending["count"]
         self._since, self._began, self._start = time.perf_counter(), time.perf_counter(), start
         self._stuck: set[str] = set()
-        self._later, self._health, self._token_seconds = later, health, token_seconds
+        self._later, self._health = later, health
+        self._peak_seconds = {"tokens": token_seconds, "samples": sample_seconds}
         self._counts: dict[str, float] = defaultdict(float)
         cut_after(folder / METRICS, start)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
@@ -138,8 +140,8 @@ class Log:
         values |= {f"train/{name}": value for name, value in facts.items()}
         values |= {f"train/{name}_per_second": value for name, value in speed.items()}
         values |= self._times(now)
-        if self._token_seconds is not None and "tokens" in speed:
-            values["train/mfu"] = speed["tokens"] * self._token_seconds
+        if (used := self._utilisation(speed)) is not None:
+            values["train/mfu"] = used
         values |= self._experts()
         self._write(done, values)
         note = "  ".join(_beside_chance(name, value, self.chance.get(name)) for name, value in means.items())
@@ -171,10 +173,17 @@ class Log:
         """Whether something should have been learned by now."""
         return done >= max(200, self.steps // 5)
 
+    def _utilisation(self, speed: Mapping[str, float]) -> float | None:
+        known = [speed[name] * cost for name, cost in self._peak_seconds.items() if cost is not None and name in speed]
+        return known[0] if known else None
+
     def _pace(self, speed: Mapping[str, float]) -> str:
-        if "tokens" not in speed or self._token_seconds is None:
-            return f"{speed.get('samples', 0):.0f} samples/s"
-        return f"{speed['tokens']:.0f} tokens/s  MFU {100 * speed['tokens'] * self._token_seconds:.0f} %"
+        used = self._utilisation(speed)
+        unit = "samples" if self._peak_seconds["tokens"] is None else "tokens"
+        share = self._waited / max(1e-9, time.perf_counter() - self._since)
+        parts = [f"{speed.get(unit, 0):.0f} {unit}/s"]
+        parts += [] if used is None else [f"MFU {100 * used:.0f} %"]
+        return "  ".join(parts + ([f"waits for data {share:.0%}"] if share >= 0.1 else []))
 
     def _experts(self) -> Mapping[str, float | list[float]]:
         report = None if self._health is None else self._health.report()

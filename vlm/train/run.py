@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vlm.restore import TOKENIZER, initialise, relative_init, sourced_parts
 from vlm.train.average import Average
 from vlm.train.experts import Health, experts_of
 from vlm.train.feed import Feed, begun, feed
+from vlm.train.flops import flops_per_sample
 from vlm.train.folder import Resume, check_folder, prepare
 from vlm.train.lock import locked
 from vlm.train.log import Log, check_reports, note
@@ -73,8 +75,13 @@ def _train(run: schema.Run, out: Path, resume: bool, title: str, later: float) -
 class Job:
     """Everything a run needs in order to train, made and checked before its folder is touched."""
 
-    def __init__(self, run: schema.Run, out: Path, data: Feed, tokenizer: Tokenizer, resume: bool) -> None:
-        """Errors: parts that do not fit, patterns that match nothing, unusable data, a checkpoint of other settings."""
+    def __init__(
+        self, run: schema.Run, out: Path, data: Feed, tokenizer: Tokenizer, resume: bool, scratch: Path | None = None
+    ) -> None:
+        """`scratch`: for what is made of the data, in place of the run's folder.
+
+        Errors: parts that do not fit, patterns that match nothing, unusable data, a checkpoint of other settings.
+        """
         self.run, self.out, self.data, self.tokenizer = run, out, data, tokenizer
         self.device = best_device()
         self.precision = build.precision(run, self.device)
@@ -94,7 +101,7 @@ class Job:
         self.pending: dict[str, Any] | None = None
         if resume:
             self._resume()
-        train, self.once = data.open(model, tokenizer, out)
+        train, self.once = data.open(model, tokenizer, scratch or out)
         self.batches = begun(train(self.start * run.train.accumulate))
 
     def fit(self, title: str, later: float) -> None:
@@ -114,6 +121,7 @@ class Job:
             self.health,
             self._token_seconds(),
             self.pending,
+            self._sample_seconds(),
         )
         with self.log:
             fit(
@@ -160,8 +168,17 @@ class Job:
         self.health.take_up(state["experts"])
         note(f"resuming {self.out} at step {self.start}")
 
+    def _sample_seconds(self) -> float | None:
+        """What a picture with its text takes at the peak of this machine, by the first batch; None for text alone."""
+        first = next(self.batches)
+        self.batches = chain([first], self.batches)
+        if first.images is None:
+            return None
+        flops = flops_per_sample(self.task.train(), first.to(self.device), self.precision)
+        return None if flops is None else flops / peak_flops(self.device, self.precision)
+
     def _token_seconds(self) -> float | None:
-        """What a token takes at the peak of this machine; None with pictures, whose cost is not counted."""
+        """What a token takes at the peak of this machine; None with pictures, whose cost is counted by the sample."""
         language = self.task.model.language
         if not isinstance(self.run.data, schema.TextData) or language is None:
             return None

@@ -1,6 +1,7 @@
 """What a token costs and what the machine can do: model FLOPs utilisation against a measured peak."""
 
 import time
+from functools import cache
 
 import torch
 from torch import nn
@@ -48,6 +49,7 @@ def _mixing(mixer: nn.Module, length: int) -> float:
     return 0.0
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """FLOPs a second of the fastest of several square products, as training runs them. Takes a fraction of a second."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -101,3 +101,21 @@ def test_our_own_mistakes_keep_their_traceback(vlm: Any, monkeypatch: pytest.Mon
     monkeypatch.setenv("VLM_TRACEBACK", "1")
     with pytest.raises(ValueError, match="shown in full"):
         vlm("train", "x.yaml", error=ValueError("shown in full"))
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "overrides", "resume"),
+    [
+        (["c.yaml"], "c.yaml", (), None),
+        (["c.yaml", "--resume"], "c.yaml", (), "must"),
+        (["--resume", "c.yaml", "train.steps=2"], "c.yaml", ("train.steps=2",), "must"),
+        (["c.yaml", "--resume", "auto", "a.b=1"], "c.yaml", ("a.b=1",), "auto"),
+        (["--resume=auto", "c.yaml"], "c.yaml", (), "auto"),
+        (["--", "auto"], "auto", (), None),
+    ],
+)
+def test_resume_with_and_without_a_value(
+    words: list[str], config: str, overrides: tuple[str, ...], resume: str | None
+) -> None:
+    given = cli.app.commands["train"].make_context("train", words).params
+    assert (str(given["config"]), given["overrides"], given["resume"]) == (config, overrides, resume)

@@ -79,9 +79,7 @@ def save(
         if average is not None:
             _write(draft / "average.safetensors", average)
         frozen = {"tensors": len(stored.frozen), "sha256": stored.sha256}
-        files = {file.name: _file_hash(file) for file in sorted(draft.iterdir())}
-        state = {"step": step, "frozen": frozen, "files": files, **(extra or {})}
-        (draft / "state.json").write_text(json.dumps({**state, "sha256": _own_hash(state)}, indent=1) + "\n")
+        seal(draft, {"step": step, "frozen": frozen, **(extra or {})})
         for file in draft.iterdir():
             _sync(file)
         if final.exists():
@@ -137,6 +135,13 @@ def whole(run: Path, prefer: str = LATEST) -> Path:
             return path
         faults.append(f"{path} is damaged ({fault})")
     raise ValueError("\n".join([f"{run} holds no whole checkpoint:", *(f"  {fault}" for fault in faults)]))
+
+
+def seal(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes state.json with the hashes of all other files in the folder, and of itself."""
+    files = {file.name: _file_hash(file) for file in sorted(folder.iterdir()) if file.name != "state.json"}
+    sealed = {**{key: value for key, value in state.items() if key != "sha256"}, "files": files}
+    (folder / "state.json").write_text(json.dumps({**sealed, "sha256": _own_hash(sealed)}, indent=1) + "\n")
 
 
 def damage(checkpoint: Path) -> str:

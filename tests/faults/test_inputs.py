@@ -209,8 +209,11 @@ def test_resume_without_a_run(vlm: Commands, trained: Path) -> None:
     assert refused(vlm, trained, "train", "clip.yaml", "--out", "new", "--resume") == [
         "vlm: --resume: new holds no run (no config.yaml)"
     ]
-    (line,) = refused(vlm, trained, "train", "clip.yaml", "train.steps=9", "--resume")
-    assert line.startswith("vlm: --resume: the settings differ from runs/clip/config.yaml; resume with that file")
+    assert refused(vlm, trained, "train", "clip.yaml", "train.steps=9", "--resume") == [
+        "vlm: --resume: the settings differ from runs/clip/config.yaml; "
+        "resume with that file, or start another folder:",
+        "  train.steps: was 4, now 9",
+    ]
 
 
 def test_out_is_a_file(vlm: Commands, place: Path) -> None:
@@ -285,10 +288,10 @@ def crafted(trained: Path, folder: Path, kind: str, change: Any) -> Path:
     copy.mkdir(parents=True)
     for name in ("config.yaml", "tokenizer.json"):
         (copy.parent / name).write_bytes((newest.parent / name).read_bytes())
-    (copy / "state.json").write_bytes((newest / "state.json").read_bytes())
     tensors = load_file(newest / "model.safetensors")
     change(tensors)
     save_file(tensors, copy / "model.safetensors")
+    checkpoint.seal(copy, checkpoint.read_state(newest))
     return copy
 
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.tiny import settings, squares, write_config
+from vlm.cli import app
 from vlm.train.overfit import overfit
 
 
@@ -37,3 +39,13 @@ def test_a_model_that_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_more_samples_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size=99 exceeds the 16 usable samples"):
         overfit(config(tmp_path), [], tmp_path / "run", 99)
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [(["train.steps=200"], 0), (["train.steps=1"], 1), (["--resume"], 2), (["--overwrite"], 2)],
+)
+def test_exit_codes(tmp_path: Path, more: list[str], code: int) -> None:
+    words = ["train", str(config(tmp_path)), "--out", str(tmp_path / "run"), "--overfit", "4", *more]
+    assert CliRunner().invoke(app, words).exit_code == code
+    assert not (tmp_path / "run").exists()

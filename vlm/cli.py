@@ -6,6 +6,7 @@ Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -95,6 +96,48 @@ def evaluate(run: Path, shards: tuple[str, ...], json: bool, caption: str | None
     from vlm.eval.run import evaluate as measure
 
     measure(run, list(shards), json=json, caption=caption, k=k)
+
+
+@app.group("shards")
+def shards_group() -> None:
+    """Look into tar shards before training on them."""
+
+
+@shards_group.command("check")
+@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@click.option("--config", type=folder, help="A config or run folder: its suffixes, prompt, tokenizer and limits.")
+@click.option("--image", help="Suffixes of the pictures, such as jpg;png.")
+@click.option("--caption", help="Where the captions stand, such as json:caption.")
+@click.option("--min-side", type=click.IntRange(1), default=1, help="Shortest side of a picture, in pixels.")
+@click.option("--tokenizer", type=folder, help="A tokenizer.json; counts captions longer than --max-tokens.")
+@click.option("--max-tokens", type=click.IntRange(3), help="Longest text, with its start and end.")
+@click.option("--max-bad-fraction", type=click.FloatRange(0, 1), help="Exit with 1 above this share; as in training.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes beside this one.")
+@json_option
+def check_shards(shards: tuple[str, ...], **options: Any) -> None:
+    """Count what is wrong with the samples.
+
+    Errors make a sample unusable in training, notes do not. Exit code 0: healthy, 1: too many errors, 2: wrong input.
+    """
+    from vlm.eval.doctor import check
+
+    click.get_current_context().exit(0 if check(list(shards), **options) else 1)
+
+
+@shards_group.command("preview")
+@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@click.option("--config", type=folder, help="A config or run folder: shows tokens and what is supervised.")
+@click.option("--out", type=folder, default="sheet.png", show_default=True, help="The contact sheet, .png or .jpg.")
+@click.option("--count", type=click.IntRange(1), default=12, show_default=True, help="Pictures on the sheet.")
+@click.option("--texts", type=click.IntRange(0), default=3, show_default=True, help="Samples printed token by token.")
+def preview_shards(shards: tuple[str, ...], config: Path | None, out: Path, count: int, texts: int) -> None:
+    """Show a few samples as the model sees them.
+
+    Prints token, id and whether it is supervised; writes a contact sheet of pictures with their captions.
+    """
+    from vlm.eval.preview import preview
+
+    preview(list(shards), config, out, count, texts)
 
 
 @app.command("config")

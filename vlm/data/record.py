@@ -1,0 +1,114 @@
+"""Which members make a sample, and what their bytes say: captions, fields, an id."""
+
+import json
+import re
+from typing import Any
+
+from vlm.data.image import BadSample
+from vlm.data.tar import Group
+
+MAX_BYTES = 2**28  # of one member; a larger one is damage or no picture
+MAX_CHARACTERS = 10_000  # of one caption; the rest could never be used
+
+
+class Record:
+    """How a sample is stored: `image` suffixes and `caption` places, first found wins; see `vlm.data.shards.Shards`."""
+
+    def __init__(self, image: str, caption: str, id_field: str | None = None) -> None:
+        """ValueError: a caption that is neither txt nor json:FIELD."""
+        self.images = [suffix.strip().lower() for suffix in image.split(";")]
+        self.captions = _parse_caption(caption)
+        self.id_field = id_field
+        self.texts_in = list(dict.fromkeys([*(suffix for suffix, _ in self.captions), "json"]))
+        suffixes = dict.fromkeys([*self.images, *self.texts_in])
+        self.columns = {suffix: i for i, suffix in enumerate(suffixes)}
+
+    def fault(self, group: Group) -> str:
+        """Why a group is no sample, by its names alone; empty when it may be one."""
+        if group.fault:
+            return group.fault
+        for name, wanted in (("no image", self.images), ("no caption", [suffix for suffix, _ in self.captions])):
+            if not any(suffix in group.members for suffix in wanted):
+                return "dotted name" if self.dotted(group) else name
+        try:
+            group.key.encode()
+        except UnicodeEncodeError:
+            return "name is not UTF-8"
+        return ""
+
+    def dotted(self, group: Group) -> list[str]:
+        """Suffixes such as v2.jpg, of photo.v2.jpg: webdataset takes "photo" for the key, and v2.jpg is no picture."""
+        return [suffix for suffix in group.members if "." in suffix and suffix.rpartition(".")[2] in self.columns]
+
+    def image(self, members: "dict[str, tuple[int, int]]") -> str:
+        """The suffix of the picture among those of a sample."""
+        return next(suffix for suffix in self.images if suffix in members)
+
+    def fields(self, data: dict[str, bytes]) -> dict[str, Any]:
+        """Of the sample's json; empty without one. BadSample when it cannot be read."""
+        return _fields(data["json"]) if "json" in data else {}
+
+    def texts(self, data: dict[str, bytes], fields: dict[str, Any]) -> list[str]:
+        """Cleaned captions. BadSample when there are none, or none that can be used."""
+        for suffix, name in self.captions:
+            if suffix not in data:
+                continue
+            if name is None:
+                found: Any = _utf8(data[suffix]).split("\n")
+            else:
+                found = (fields if suffix == "json" else _fields(data[suffix])).get(name)
+            if found is not None:
+                return _clean([found] if isinstance(found, str) else found)
+        raise BadSample("no caption", f"looked for {self.caption_spec}")
+
+    def id(self, key: str, fields: dict[str, Any]) -> str:
+        """What says which samples show the same thing. BadSample without the field."""
+        if self.id_field is None:
+            return key
+        if fields.get(self.id_field) is None:
+            raise BadSample("no id", f"its json has no field {self.id_field!r}")
+        return str(fields[self.id_field])
+
+    @property
+    def caption_spec(self) -> str:
+        """As it was written, for messages."""
+        return ";".join(suffix if name is None else f"{suffix}:{name}" for suffix, name in self.captions)
+
+
+def _parse_caption(spec: str) -> list[tuple[str, str | None]]:
+    """ "txt;json:caption" -> [("txt", None), ("json", "caption")]."""
+    found = []
+    for part in spec.split(";"):
+        suffix, colon, name = part.strip().partition(":")
+        if not suffix or (colon and not name) or (suffix == "json" and not name):
+            raise ValueError(f"caption={spec!r}: write txt, json:FIELD, or several separated by ';'")
+        found.append((suffix.lower(), name or None))
+    return found
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("not UTF-8", str(error)) from None
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(_utf8(data))
+    except (ValueError, RecursionError) as error:
+        raise BadSample("unreadable json", str(error)) from None
+    if not isinstance(fields, dict):
+        raise BadSample("unreadable json", "no object with fields")
+    return fields
+
+
+def _clean(captions: Any) -> list[str]:
+    """Captions with white space and control characters folded to single spaces, half surrogate pairs replaced."""
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise BadSample("caption is not text", repr(captions)[:80])
+    whole = (text[:MAX_CHARACTERS].encode("utf-8", "replace").decode() for text in captions)
+    folded = (" ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split()) for text in whole)
+    if kept := [text for text in folded if text]:
+        return kept
+    raise BadSample("empty caption")

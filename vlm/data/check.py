@@ -194,7 +194,7 @@ def _merge(files: Sequence[Path], seen: Sequence[_Seen]) -> Report:
 
     again = _repeats(keys)
     counts, first = Counter[str](), dict[str, str]()
-    for file, one, start in zip(files, seen, starts.tolist(), strict=True):
+    for file, one, start in zip(files, seen, starts[:-1].tolist(), strict=True):
         errors = np.array(one.errors)[~again[start : start + len(one.errors)]]
         for number, (reason, key) in enumerate(one.reasons.items()):
             counts[reason] += int((errors == number).sum())

@@ -227,8 +227,8 @@ class Shards:
         order = np.argsort(hashes, kind="stable")
         same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
         keep = np.ones(len(hashes), dtype=bool)
-        for place in same.tolist():
-            first, second = int(order[place]), int(order[place + 1])
+        pairs = sorted((int(order[place + 1]), int(order[place])) for place in same.tolist())
+        for second, first in pairs:
             if self.key(first) == self.key(second):
                 keep[second] = False
                 self._count("duplicate key", f"{self.where(first)}, and again in {self.files[self._shard[second]]}")

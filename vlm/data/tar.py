@@ -50,7 +50,7 @@ def groups(file: Path, damage: list[str], passed: Passed = _ignore) -> Iterator[
 def _group(key: str, found: dict[str, tuple[int, int]], finished: dict[str, set[str]]) -> Group:
     before = finished.setdefault(key, set())
     fault = "" if not before else "duplicate key" if before & found.keys() else "members apart"
-    before |= found.keys()
+    before.update(found)
     return Group(key, found, fault)
 
 

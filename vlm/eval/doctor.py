@@ -111,7 +111,8 @@ def as_text(report: Report, shards: int, healthy: bool, limit: float) -> str:
     ]
     verdict = "healthy" if healthy else "too many errors"
     share = report.bad / max(1, report.samples)
-    end = f"{report.bad} of {report.samples} samples in {shards} shards are unusable ({share:.2%}, limit {limit:.2%})"
+    place = "1 shard" if shards == 1 else f"{shards} shards"
+    end = f"{report.bad} of {report.samples} samples in {place} are unusable ({share:.2%}, limit {limit:.2%})"
     return "\n".join([*(lines if len(lines) > 1 else []), f"{end}: {verdict}"])
 
 

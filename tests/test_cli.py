@@ -33,7 +33,8 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*arguments: str, error: BaseException | None = None) -> tuple[int, list[Any]]:
         recorder = Recorder(error)
         below = SimpleNamespace(train=recorder, quickstart=recorder, caption=recorder, evaluate=recorder)
-        for name in ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run"):
+        below.check, below.preview = recorder, recorder
+        for name in ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run", "vlm.eval.doctor", "vlm.eval.preview"):
             monkeypatch.setitem(sys.modules, name, below)
         monkeypatch.setattr(sys, "argv", ["vlm", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -59,6 +60,12 @@ def test_arguments_arrive(vlm: Any) -> None:
     assert drawn == (0, [((Path("run"), ["a.png", "-"]), {"json": True, **sampling})])
     plain = {"json": False, "caption": None, "k": 16}
     assert vlm("evaluate", "run", "a.tar", "b.tar") == (0, [((Path("run"), ["a.tar", "b.tar"]), plain)])
+    given = vlm("shards", "preview", "a.tar", "--out", "s.jpg", "--count", "3")
+    assert given == (0, [((["a.tar"], None, Path("s.jpg"), 3, 3), {})])
+    limits = {"image": None, "caption": None, "min_side": 1, "max_tokens": None, "max_bad_fraction": 0.1}
+    limits |= {"config": None, "tokenizer": None, "workers": 2, "json": False}
+    given = vlm("shards", "check", "a.tar", "--workers", "2", "--max-bad-fraction", "0.1")
+    assert given == (1, [((["a.tar"],), limits)])  # the recorder returns None, which is not healthy
 
 
 def test_version_and_help(vlm: Any, capsys: pytest.CaptureFixture[str]) -> None:

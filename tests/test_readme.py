@@ -28,7 +28,10 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command: str) -> None:
     verb, *arguments = shlex.split(command)[1:]
-    found = app.commands[verb]
+    found: click.Command = app.commands[verb]
+    if isinstance(found, click.Group):
+        verb, *arguments = arguments
+        found = found.commands[verb]
     given = found.make_context(verb, arguments).params  # raises on an unknown option or a missing argument
     if verb in ("train", "config"):
         assert Path(given["config"]).suffix == ".yaml" and (ROOT / given["config"]).is_file()

@@ -55,6 +55,7 @@ def test_a_config_tells_the_limits(
         (["check", "none.tar"], "no file matches none.tar"),
         (["check", "s.tar", "--max-tokens", "9"], "--tokenizer and --max-tokens belong together"),
         (["check", "s.tar", "--caption", "json"], "write txt, json:FIELD"),
+        (["preview", "s.tar", "--out", "no/sheet.png"], "--out no/sheet.png: there is no folder no; make it first"),
         (["preview", "s.tar", "--out", "sheet.pdf"], "--out sheet.pdf: name a file that ends in .png, .jpg, .jpeg"),
     ],
 )
@@ -100,3 +101,12 @@ def test_wrap() -> None:
     assert len(lines) == 5 and lines[-1].endswith("…") and all(font.getlength(line) <= 120 for line in lines)
     assert wrap("w" * 40, font, 120, most=9) != ["w" * 40] and "".join(wrap("w" * 40, font, 120, most=9)) == "w" * 40
     assert wrap("short", font, 120) == ["short"]
+
+
+def test_nothing_in_a_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    pack(tmp_path / "s.tar", [("/README", b"x")])
+    assert vlm(monkeypatch, "check", "s.tar") == 1
+    *_, note, last = capsys.readouterr().out.splitlines()
+    assert note.split() == ["unsafe", "name", "1", "100.00%", "s.tar:", "/README"]
+    assert last == "0 of 0 samples in 1 shard are unusable (0.00%, limit 5.00%): no sample is usable"

@@ -80,7 +80,7 @@ class _Seen:
     keys: "array[int]" = field(default_factory=lambda: array("Q"))
     pictures: "array[int]" = field(default_factory=lambda: array("Q"))  # 0: none
     errors: "array[int]" = field(default_factory=lambda: array("h"))
-    notes: "array[int]" = field(default_factory=lambda: array("L"))
+    notes: "array[int]" = field(default_factory=lambda: array("I"))
     reasons: dict[str, str] = field(default_factory=dict)  # with the key they were first met at
     odd: Counter[str] = field(default_factory=Counter)  # members that are passed over, by what is odd about them
     examples: dict[str, str] = field(default_factory=dict)  # of notes and odd members

@@ -109,7 +109,8 @@ def as_text(report: Report, shards: int, healthy: bool, limit: float) -> str:
         f"{name:<{widths[0]}}  {count:>{widths[1]}}  {share:>{widths[2]}}  {first}".rstrip()
         for name, count, share, first in rows
     ]
-    verdict = "healthy" if healthy else "too many errors"
+    usable = report.bad < report.samples
+    verdict = "healthy" if healthy else "too many errors" if usable else "no sample is usable"
     share = report.bad / max(1, report.samples)
     place = "1 shard" if shards == 1 else f"{shards} shards"
     end = f"{report.bad} of {report.samples} samples in {place} are unusable ({share:.2%}, limit {limit:.2%})"
@@ -117,4 +118,4 @@ def as_text(report: Report, shards: int, healthy: bool, limit: float) -> str:
 
 
 def _row(finding: Finding, samples: int) -> list[str]:
-    return [f"  {finding.reason}", str(finding.count), f"{finding.count / samples:.2%}", finding.example]
+    return [f"  {finding.reason}", str(finding.count), f"{finding.count / max(1, samples):.2%}", finding.example]

@@ -25,10 +25,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 def preview(shards: Sequence[str], config: Path | None, out: Path, count: int = 12, texts: int = 3) -> None:
     """Prints `texts` samples and writes a sheet of `count`, spread evenly over the shards; without a config, captions.
 
-    Errors: `out` is no PNG or JPEG; shards without usable samples.
+    Errors: `out` is no PNG or JPEG, or its folder is missing; shards without usable samples.
     """
     if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {out}: name a file that ends in {', '.join(SUFFIXES)}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
     run = None if config is None else read_run(config)
     source = any_shards(schema.PairData(train=list(shards)) if run is None else run.pairs, shards)
     tokenizer, transform, image_tokens = None, None, 0

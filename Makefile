@@ -43,6 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.retention
 	$(BIN)/python -m tests.bench.moe
 	$(BIN)/python -m tests.bench.generate
+	$(BIN)/python -m tests.bench.dataload
 
 language-models: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.language_models

@@ -33,7 +33,8 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*arguments: str, error: BaseException | None = None) -> tuple[int, list[Any]]:
         recorder = Recorder(error)
         below = SimpleNamespace(train=recorder, quickstart=recorder, caption=recorder, evaluate=recorder)
-        for name in ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run"):
+        below.check, below.preview = recorder, recorder
+        for name in ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run", "vlm.eval.doctor", "vlm.eval.preview"):
             monkeypatch.setitem(sys.modules, name, below)
         monkeypatch.setattr(sys, "argv", ["vlm", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -59,13 +60,19 @@ def test_arguments_arrive(vlm: Any) -> None:
     assert drawn == (0, [((Path("run"), ["a.png", "-"]), {"json": True, **sampling})])
     plain = {"json": False, "caption": None, "k": 16}
     assert vlm("evaluate", "run", "a.tar", "b.tar") == (0, [((Path("run"), ["a.tar", "b.tar"]), plain)])
+    given = vlm("shards", "preview", "a.tar", "--out", "s.jpg", "--count", "3")
+    assert given == (0, [((["a.tar"], None, Path("s.jpg"), 3, 3), {})])
+    limits = {"image": None, "caption": None, "min_side": 1, "max_tokens": None, "max_bad_fraction": 0.1}
+    limits |= {"config": None, "tokenizer": None, "workers": 2, "json": False}
+    given = vlm("shards", "check", "a.tar", "--workers", "2", "--max-bad-fraction", "0.1")
+    assert given == (1, [((["a.tar"],), limits)])  # the recorder returns None, which is not healthy
 
 
 def test_version_and_help(vlm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert vlm("--version") == (0, [])
     assert capsys.readouterr().out == f"vlm {__version__}\n"
     assert vlm("--help") == (0, [])
-    assert {"quickstart", "train", "caption", "evaluate", "shards", "config"} <= set(capsys.readouterr().out.split())
+    assert {"quickstart", "train", "caption", "evaluate", "config"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["caption", "run"], ["train", "x.yaml", "--stps=3"]])
@@ -101,21 +108,3 @@ def test_our_own_mistakes_keep_their_traceback(vlm: Any, monkeypatch: pytest.Mon
     monkeypatch.setenv("VLM_TRACEBACK", "1")
     with pytest.raises(ValueError, match="shown in full"):
         vlm("train", "x.yaml", error=ValueError("shown in full"))
-
-
-@pytest.mark.parametrize(
-    ("words", "config", "overrides", "resume"),
-    [
-        (["c.yaml"], "c.yaml", (), None),
-        (["c.yaml", "--resume"], "c.yaml", (), "must"),
-        (["--resume", "c.yaml", "train.steps=2"], "c.yaml", ("train.steps=2",), "must"),
-        (["c.yaml", "--resume", "auto", "a.b=1"], "c.yaml", ("a.b=1",), "auto"),
-        (["--resume=auto", "c.yaml"], "c.yaml", (), "auto"),
-        (["--", "auto"], "auto", (), None),
-    ],
-)
-def test_resume_with_and_without_a_value(
-    words: list[str], config: str, overrides: tuple[str, ...], resume: str | None
-) -> None:
-    given = cli.app.commands["train"].make_context("train", words).params
-    assert (str(given["config"]), given["overrides"], given["resume"]) == (config, overrides, resume)

@@ -28,7 +28,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command: str) -> None:
     verb, *arguments = shlex.split(command)[1:]
-    found = app.commands[verb]
+    found: click.Command = app.commands[verb]
     if isinstance(found, click.Group):
         verb, *arguments = arguments
         found = found.commands[verb]

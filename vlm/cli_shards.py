@@ -1,6 +1,7 @@
 """`vlm shards`: the verbs that make and look at data sets. Arguments only, as in `vlm.cli`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -94,55 +95,38 @@ def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, wo
     run(config, list(overrides), out, dtype, workers, overwrite)  # type: ignore[arg-type]  # click checked the choice
 
 
-@shards.command()
+@shards.command("check")
 @click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
-@click.option("--image", default="jpg;png;jpeg;webp", show_default=True, help="Suffixes of the picture.")
-@click.option("--caption", default="txt;json:caption", show_default=True, help="Where the captions stand.")
-@click.option("--min-side", type=click.IntRange(1), default=32, show_default=True, help="Smaller pictures are noted.")
-@click.option("--tokenizer", type=folder, help="A tokenizer.json: captions longer than --max-tokens are noted.")
-@click.option("--max-tokens", type=click.IntRange(3), default=32, show_default=True)
-@click.option(
-    "--max-bad-fraction", type=click.FloatRange(0, 1), default=0.05, show_default=True, help="Else exit code 1."
-)
+@click.option("--config", type=folder, help="A config or run folder: its suffixes, prompt, tokenizer and limits.")
+@click.option("--image", help="Suffixes of the pictures, such as jpg;png.")
+@click.option("--caption", help="Where the captions stand, such as json:caption.")
+@click.option("--min-side", type=click.IntRange(1), default=1, help="Shortest side of a picture, in pixels.")
+@click.option("--tokenizer", type=folder, help="A tokenizer.json; counts captions longer than --max-tokens.")
+@click.option("--max-tokens", type=click.IntRange(3), help="Longest text, with its start and end.")
+@click.option("--max-bad-fraction", type=click.FloatRange(0, 1), help="Exit with 1 above this share; as in training.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes beside this one.")
 @click.option("--json", is_flag=True, help="Print JSON.")
-def check(
-    shards: tuple[str, ...],
-    image: str,
-    caption: str,
-    min_side: int,
-    tokenizer: Path | None,
-    max_tokens: int,
-    max_bad_fraction: float,
-    json: bool,
-) -> None:
-    """Count what is wrong or odd in tar shards.
+def check_shards(shards: tuple[str, ...], **options: Any) -> None:
+    """Count what is wrong with the samples.
 
-    Reads every picture and caption once. Exit code 0: fit to train on; 1: too many unusable samples, or a repeated key.
+    Errors make a sample unusable in training, notes do not. Exit code 0: healthy, 1: too many errors, 2: wrong input.
     """
-    from vlm.data.check import Rules, as_json, as_text, healthy
-    from vlm.data.check import check as run
-    from vlm.data.text import load_tokenizer
+    from vlm.eval.doctor import check
 
-    words = None if tokenizer is None else load_tokenizer(tokenizer)
-    report = run(list(shards), Rules(image, caption, min_side, words, max_tokens))
-    click.echo(as_json(report) if json else as_text(report))
-    if not healthy(report, max_bad_fraction):
-        raise SystemExit(1)
+    click.get_current_context().exit(0 if check(list(shards), **options) else 1)
 
 
-@shards.command()
+@shards.command("preview")
 @click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
-@click.option(
-    "--config", type=folder, help="A config, or the folder of a run: shows the captions as its model sees them."
-)
-@click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Samples.")
-@click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Take every so many-th.")
-@click.option("--out", type=folder, help="Write the pictures with their captions here, as PNG or JPEG.")
-def preview(shards: tuple[str, ...], config: Path | None, count: int, every: int, out: Path | None) -> None:
-    """Show a few samples, token by token.
+@click.option("--config", type=folder, help="A config or run folder: shows tokens and what is supervised.")
+@click.option("--out", type=folder, default="sheet.png", show_default=True, help="The contact sheet, .png or .jpg.")
+@click.option("--count", type=click.IntRange(1), default=12, show_default=True, help="Pictures on the sheet.")
+@click.option("--texts", type=click.IntRange(0), default=3, show_default=True, help="Samples printed token by token.")
+def preview_shards(shards: tuple[str, ...], config: Path | None, out: Path, count: int, texts: int) -> None:
+    """Show a few samples as the model sees them.
 
-    With --config each token's id, and whether the model learns to predict it; with --out a sheet of the pictures.
+    Prints token, id and whether it is supervised; writes a contact sheet of pictures with their captions.
     """
-    from vlm.eval.preview import preview as run
+    from vlm.eval.preview import preview
 
-    click.echo(run(shards, config, count, out, every))
+    preview(list(shards), config, out, count, texts)

@@ -232,15 +232,20 @@ def test_what_is_no_tar(data: bytes, message: str, tmp_path: Path) -> None:
         Shards(str(tmp_path / "s.tar"))
 
 
-def test_repeated_and_torn_samples_are_refused(tmp_path: Path) -> None:
+def test_repeated_and_torn_samples_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "a.tar", numbered(0, 3))
     _append(tmp_path / "a.tar", {"k00001.txt": b"late"})
-    with pytest.raises(ValueError, match=r"'k00001.txt' at byte \d+ comes twice or apart"):
-        Shards(str(tmp_path / "a.tar"))
+    shards = Shards(str(tmp_path / "a.tar"))
+    assert shards.bad == {"members apart": 1} and shards.raw(1).captions[0] == "number 1"
     write(tmp_path / "b.tar", numbered(0, 3))
     write(tmp_path / "c.tar", numbered(2, 3))
-    with pytest.raises(ValueError, match=r"key 'k00002' is in .*b.tar and again in .*c.tar"):
-        Shards(str(tmp_path / "{b,c}.tar"))
+    shards = Shards(str(tmp_path / "{b,c}.tar"))
+    assert shards.bad == {"duplicate key": 1}
+    assert [shards.key(i) for i in range(len(shards))] == [f"k0000{i}" for i in range(5)]
+    assert [shards.raw(i).image for i in range(5)] == [sample["png"] for sample in numbered(0, 5)]
+    apart, twice = caplog.messages
+    assert apart.startswith("members apart: ") and "a.tar: 'k00001' (txt); the members of a sample" in apart
+    assert "b.tar: k00002, and again in " in twice and "c.tar; each sample needs a key of its own" in twice
 
 
 def test_links_and_strange_names_touch_nothing(tmp_path: Path) -> None:

@@ -1,200 +1,172 @@
-"""`vlm shards check`: everything that is wrong or odd in tar shards, counted by reason, before a run meets it."""
+"""The shard doctor: every sample of tar shards looked at once and counted by what is wrong with it, or unusual."""
 
-import io
-import json as jsonlib
+import hashlib
+import multiprocessing
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from tarfile import TarInfo
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
-from vlm.data.captions import find_captions, json_fields, parse_caption
-from vlm.data.image import FORMATS, BadSample, decode
-from vlm.data.shards import MAX_BYTES, expand, tar_members
-from vlm.data.text import Tokenizer, encode_caption
+from vlm.data.image import TRAITS, BadSample, decode, traits
+from vlm.data.record import MAX_BYTES, Record
+from vlm.data.tar import Group, groups
+from vlm.data.text import Tokenizer, encode_caption, encode_prompt
 
-PICKLES = ("pyd", "pkl", "pickle", "pt", "pth", "ckpt")
-_DEPTHS = {"L": "grey", "LA": "alpha", "RGBA": "alpha", "PA": "alpha", "P": "palette", "CMYK": "CMYK", "1": "one bit"}
-
-
-@dataclass
-class Report:
-    """Counts by reason. Errors make a sample unusable; notes are handled (or only worth knowing)."""
-
-    shards: int = 0
-    samples: int = 0
-    unusable: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)  # where each reason was met first
-
-    def add(self, counts: Counter[str], reason: str, where: str) -> None:
-        """One more."""
-        counts[reason] += 1
-        self.first.setdefault(reason, where)
+_MORE = ("caption cut", "dotted name")  # notes of a sample beside the traits of its picture
+NOTES = (*TRAITS, *_MORE)
+_UNCUT = 2**20  # more tokens than MAX_CHARACTERS can make
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What is looked for: `image` and `caption` as of `Shards`, the longest text, the smallest side worth having."""
+class TextLimit:
+    """The longest text of a run: `max_tokens` with the control tokens, and the words of the prompt if there is one."""
 
-    image: str = "jpg;png;jpeg;webp"
-    caption: str = "txt;json:caption"
-    min_side: int = 32
-    tokenizer: Tokenizer | None = None
-    max_tokens: int = 32
+    tokenizer: Tokenizer
+    max_tokens: int
+    template: str | None = None
 
-
-def check(spec: str | Sequence[str], rules: Rules | None = None) -> Report:
-    """Reads every shard once; in memory are 32 bytes a sample. ValueError: no shards, one that cannot be read."""
-    files = expand(spec)
-    doctor = _Doctor(files, rules or Rules())
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    for number in track(range(len(files)), "shards", console=console, disable=hidden, transient=True):
-        doctor.shard(number)
-    doctor.compare()
-    return doctor.report
+    def cuts(self, caption: str) -> bool:
+        """Whether the caption loses words in training."""
+        whole = len(encode_caption(self.tokenizer, caption, _UNCUT).ids)
+        if self.template is not None:
+            whole = max(whole, len(encode_prompt(self.tokenizer, self.template, caption, 0, _UNCUT).ids))
+        return whole > self.max_tokens
 
 
-class _Doctor:
-    def __init__(self, files: Sequence[Path], rules: Rules) -> None:
-        self.files, self.rules, self.report = files, rules, Report(shards=len(files))
-        self.images = [suffix.strip().lower() for suffix in rules.image.split(";")]
-        self.captions = parse_caption(rules.caption)
-        self.keys, self.pictures, self.shards, self.places = array("Q"), array("Q"), array("i"), array("q")
+@dataclass(frozen=True)
+class Patience:
+    """What a picture and a caption must be: the shorter side in pixels, the most pixels, the longest text (if told)."""
 
-    def shard(self, number: int) -> None:
-        """All samples of a shard, and its own faults."""
-        file, damage = self.files[number], list[str]()
-        with file.open("rb") as handle:
-            for key, members, start in self._samples(file, damage):
-                self.report.samples += 1
-                where = f"{file}: {key}"
-                try:
-                    picture = self._sample(handle, key, members, where)
-                except BadSample as bad:
-                    self.report.unusable += 1
-                    self.report.add(self.report.errors, bad.reason, f"{where} ({bad.detail})" if bad.detail else where)
-                    picture = b""
-                self.keys.append(_digest(key.encode("utf-8", "replace")))
-                self.pictures.append(_digest(picture) if picture else 0)
-                self.shards.append(number)
-                self.places.append(start)
-        for message in damage:
-            self.report.add(self.report.errors, "damaged shard", message)
-
-    def _samples(self, file: Path, damage: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]], int]]:
-        """Key, members by suffix, and place of each sample: members of one name in a row."""
-        finished, key = set[str](), ""
-        members, start = dict[str, tuple[int, int]](), 0
-        for name, offset, size in tar_members(file, damage, lambda odd: self._odd(file, odd)):
-            folder, _, base = name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            if not stem or not suffix:
-                continue
-            own, suffix = name[: len(name) - len(suffix) - 1], suffix.lower()
-            self._name(file, name, suffix)
-            if own != key:
-                if members:
-                    yield key, members, start
-                finished.add(key)
-                key, members, start = own, {}, offset
-            if own in finished or suffix in members:
-                self.report.add(self.report.errors, "members apart or repeated", f"{file}: {name} at byte {offset}")
-            members.setdefault(suffix, (offset, size))
-        if members:
-            yield key, members, start
-
-    def _odd(self, file: Path, member: TarInfo) -> None:
-        if not member.isdir():
-            kind = "link" if member.issym() or member.islnk() else "device or other special file"
-            self.report.add(self.report.notes, f"{kind}, passed over", f"{file}: {member.name}")
-
-    def _name(self, file: Path, name: str, suffix: str) -> None:
-        notes, where = self.report.notes, f"{file}: {name}"
-        if name.startswith("/") or ".." in name.split("/"):
-            self.report.add(notes, "name leads out of its folder", where)
-        if suffix.rpartition(".")[2] in PICKLES:
-            self.report.add(notes, "pickle, never read", where)
-        if "." in suffix and suffix.rpartition(".")[2] in (*self.images, "txt", "json"):
-            # photo.v2.jpg and photo.v3.jpg are two members of one sample "photo".
-            self.report.add(notes, "dots in the name, which ends at the first", where)
-
-    def _sample(self, handle: BinaryIO, key: str, members: dict[str, tuple[int, int]], where: str) -> bytes:
-        """The picture's bytes. BadSample for the first thing that makes the sample unusable."""
-        found = next((suffix for suffix in self.images if suffix in members), None)
-        if found is None:
-            raise BadSample("no image", f"has {', '.join(members)}")
-        wanted = dict.fromkeys([found, *(suffix for suffix, _ in self.captions), "json"])
-        data = {suffix: _read(handle, *members[suffix]) for suffix in wanted if suffix in members}
-        picture = data.pop(found)
-        self._captions(data, where)
-        self._picture(picture, where)
-        return picture
-
-    def _captions(self, data: dict[str, bytes], where: str) -> None:
-        texts = find_captions(self.captions, data, json_fields(data["json"]) if "json" in data else {})
-        tokenizer, most = self.rules.tokenizer, self.rules.max_tokens
-        if tokenizer is not None:
-            for text in texts:
-                if len(encode_caption(tokenizer, text, 10**6).ids) > most:
-                    self.report.add(self.report.notes, f"caption of more than {most} tokens, cut", where)
-
-    def _picture(self, data: bytes, where: str) -> None:
-        size = decode(data).size
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            mode = image.mode
-            depth = "16 bit or float" if mode.startswith(("I", "F")) else _DEPTHS.get(mode)
-            if depth is None and image.has_transparency_data:
-                depth = "alpha"
-            odd = {
-                f"{depth} picture, made RGB": depth is not None,
-                "animated, first frame used": getattr(image, "n_frames", 1) > 1,
-                "turned by EXIF": _orientation(image) not in (1, 0),
-                f"side below {self.rules.min_side} pixels": min(size) < self.rules.min_side,
-            }
-        for reason, is_so in odd.items():
-            if is_so:
-                self.report.add(self.report.notes, reason, where)
-
-    def compare(self) -> None:
-        """Keys and pictures that stand there twice."""
-        for counts, reason, digests in (
-            (self.report.errors, "repeated key", self.keys),
-            (self.report.notes, "the same picture again", self.pictures),
-        ):
-            for index in _again(np.array(digests, dtype=np.uint64)).tolist():
-                where = f"{self.files[self.shards[index]]}: sample at byte {self.places[index]}"
-                self.report.add(counts, reason, where)
+    min_side: int = 1
+    max_pixels: int = 50_000_000
+    text: TextLimit | None = None
 
 
-def _orientation(image: Image.Image) -> int:
+@dataclass(frozen=True)
+class Finding:
+    """How often a reason was met, and where first ("shard: key")."""
+
+    reason: str
+    count: int
+    example: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of all shards: `errors` make a sample unusable (one reason each), `notes` do not. Most frequent first."""
+
+    samples: int
+    errors: list[Finding]
+    notes: list[Finding]
+
+    @property
+    def bad(self) -> int:
+        """Unusable samples."""
+        return sum(finding.count for finding in self.errors)
+
+
+@dataclass
+class _Seen:
+    """Of one shard, 22 bytes a sample: hashes, the number of its error's reason (-1: none), its notes as bits."""
+
+    keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    pictures: "array[int]" = field(default_factory=lambda: array("Q"))  # 0: none
+    errors: "array[int]" = field(default_factory=lambda: array("h"))
+    notes: "array[int]" = field(default_factory=lambda: array("I"))
+    reasons: dict[str, str] = field(default_factory=dict)  # with the key they were first met at
+    odd: Counter[str] = field(default_factory=Counter)  # members that are passed over, by what is odd about them
+    examples: dict[str, str] = field(default_factory=dict)  # of notes and odd members
+
+    def add(self, key: str, error: str, notes: Sequence[str], key_hash: int, picture: int) -> None:
+        """One more sample."""
+        if error:
+            self.reasons.setdefault(error, key)
+        for note in notes:
+            self.examples.setdefault(note, key)
+        self.errors.append(list(self.reasons).index(error) if error else -1)
+        self.notes.append(sum(1 << NOTES.index(note) for note in notes))
+        self.keys.append(key_hash)
+        self.pictures.append(picture)
+
+    def pass_over(self, oddity: str, name: str) -> None:
+        """One more odd member."""
+        self.odd[oddity] += 1
+        self.examples.setdefault(oddity, name)
+
+
+def check(
+    files: Sequence[Path],
+    record: Record,
+    patience: Patience,
+    workers: int = 0,
+    done: Callable[[], object] = lambda: None,
+) -> Report:
+    """Look at all samples; the report does not depend on `workers` (processes beside this one).
+
+    `done` is called after each shard.
+
+    A sample counts under the first reason met: its names, its captions, its picture; one whose key an earlier sample
+    has, as "duplicate key". Errors: a file that cannot be read, or is compressed.
+    """
+    look = partial(_look, record=record, patience=patience)
+    if workers < 1:
+        return _merge(files, list(_each(map(look, files), done)))
+    # A forked child would inherit locks of the tokenizer's and torch's threads.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return _merge(files, list(_each(pool.map(look, files), done)))
+
+
+def _each(found: Iterable[_Seen], done: Callable[[], object]) -> Iterator[_Seen]:
+    for seen in found:
+        yield seen
+        done()
+
+
+def _look(file: Path, record: Record, patience: Patience) -> _Seen:
+    seen, damage = _Seen(), list[str]()
+    with file.open("rb") as handle:
+        for group in groups(file, damage, seen.pass_over):
+            error, notes, picture = record.fault(group), list[str](), 0
+            if damage and error:
+                continue  # cut off: counted once, as the shard
+            if not error:
+                error, notes, picture = _sample(handle, group, record, patience)
+            if not error and record.dotted(group):
+                notes.append("dotted name")
+            seen.add(_shown(group.key), error, notes, 0 if record.fault(group) else _hash(group.key.encode()), picture)
+    if damage:
+        seen.add(damage[0].removeprefix(f"{file}: "), "damaged shard", [], 0, 0)
+    return seen
+
+
+def _sample(handle: BinaryIO, group: Group, record: Record, patience: Patience) -> tuple[str, list[str], int]:
+    """The reason it cannot be used or "", notes, the hash of its picture (0 without one)."""
+    suffix, picture = record.image(group.members), 0
     try:
-        return int(image.getexif().get(0x0112, 1))
-    except (OSError, SyntaxError, ValueError, TypeError):  # damaged EXIF, which turns nothing
-        return 1
-
-
-def _again(digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Places of all but the first of equal numbers; 0 stands for nothing."""
-    order = np.argsort(digests, kind="stable")
-    same = np.flatnonzero(digests[order][1:] == digests[order][:-1]) + 1
-    found = order[same]
-    return np.sort(found[digests[found] != 0])
-
-
-def _digest(data: bytes) -> int:
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little") or 1
+        data = {
+            name: _read(handle, *group.members[name]) for name in [suffix, *record.texts_in] if name in group.members
+        }
+        picture = _hash(data[suffix])
+        fields = record.fields(data)
+        record.id(group.key, fields)
+        captions = record.texts(data, fields)
+        image = decode(data[suffix], patience.max_pixels)
+        if min(image.size) < patience.min_side:
+            raise BadSample("too small", f"{image.width} x {image.height}")
+    except BadSample as bad:
+        return bad.reason, [], picture
+    notes = traits(data[suffix])
+    if patience.text is not None and any(map(patience.text.cuts, captions)):
+        notes.append("caption cut")
+    return "", notes, picture
 
 
 def _read(handle: BinaryIO, offset: int, size: int) -> bytes:
@@ -204,27 +176,68 @@ def _read(handle: BinaryIO, offset: int, size: int) -> bytes:
     return handle.read(size)
 
 
-def as_json(report: Report) -> str:
-    """For programs."""
-    counts = {"errors": dict(report.errors.most_common()), "notes": dict(report.notes.most_common())}
-    totals = {"shards": report.shards, "samples": report.samples, "unusable": report.unusable}
-    return jsonlib.dumps(totals | counts | {"first": report.first}, indent=1)
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
-def as_text(report: Report) -> str:
-    """For people: what is wrong, what is odd, and where each was met first."""
-    lines = [f"{report.samples} samples in {report.shards} shards, {report.unusable} of them unusable"]
-    parts: list[tuple[str, Counter[str]]] = [("errors", report.errors), ("notes", report.notes)]
-    width = max((len(reason) for _, counts in parts for reason in counts), default=0)
-    for title, counts in parts:
-        lines += [f"{title}:" if counts else f"{title}: none"]
-        for reason, count in counts.most_common():
-            share = f"{100 * count / max(report.samples, 1):5.1f} %"
-            lines.append(f"  {reason:{width}}  {count:>8,}  {share}  first: {report.first[reason]}")
-    return "\n".join(lines)
+def _shown(key: str) -> str:
+    return key.encode("utf-8", "backslashreplace").decode()
 
 
-def healthy(report: Report, max_bad_fraction: float) -> bool:
-    """Few enough unusable samples, and nothing that stops a run at its start."""
-    stops = report.errors["repeated key"] + report.errors["members apart or repeated"]
-    return not stops and report.samples > 0 and report.unusable <= max_bad_fraction * report.samples
+def _merge(files: Sequence[Path], seen: Sequence[_Seen]) -> Report:
+    keys, pictures = (_joined([getattr(one, name) for one in seen], np.uint64) for name in ("keys", "pictures"))
+    starts = np.cumsum([0, *(len(one.keys) for one in seen)])
+
+    def where(place: int) -> str:
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        return f"{files[number]}: {_key_at(files[number], place - int(starts[number]))}"
+
+    again = _repeats(keys)
+    counts, first = Counter[str](), dict[str, str]()
+    for file, one, start in zip(files, seen, starts[:-1].tolist(), strict=True):
+        errors = np.array(one.errors)[~again[start : start + len(one.errors)]]
+        for number, (reason, key) in enumerate(one.reasons.items()):
+            counts[reason] += int((errors == number).sum())
+            first.setdefault(reason, f"{file}: {key}")
+    if again.any():
+        counts["duplicate key"] += int(again.sum())
+        first.setdefault("duplicate key", where(int(np.flatnonzero(again)[0])))
+    notes, noted = _notes(files, seen)
+    if (same := _repeats(pictures) & ~again).any():
+        notes["duplicate picture"], noted["duplicate picture"] = int(same.sum()), where(int(np.flatnonzero(same)[0]))
+    return Report(len(keys), _findings(counts, first), _findings(notes, noted))
+
+
+def _notes(files: Sequence[Path], seen: Sequence[_Seen]) -> tuple[Counter[str], dict[str, str]]:
+    counts, first = Counter[str](), dict[str, str]()
+    for file, one in zip(files, seen, strict=True):
+        bits = np.array(one.notes, dtype=np.uint64)
+        for number, note in enumerate(NOTES):
+            counts[note] += int((bits >> np.uint64(number) & np.uint64(1)).sum())
+        counts += one.odd
+        for note, example in one.examples.items():
+            first.setdefault(note, f"{file}: {_shown(example)}")
+    return counts, first
+
+
+def _findings(counts: Counter[str], first: dict[str, str]) -> list[Finding]:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [Finding(reason, count, first[reason]) for reason, count in ordered if count]
+
+
+def _joined(parts: "Sequence[array[int]]", dtype: type[np.uint64]) -> npt.NDArray[np.uint64]:
+    return np.concatenate([np.array(part, dtype=dtype) for part in parts])
+
+
+def _repeats(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """True where an earlier sample has the same hash; 0 is no hash."""
+    order = np.argsort(hashes, kind="stable")
+    again = np.zeros(len(hashes), dtype=bool)
+    again[order[1:]] = (hashes[order[1:]] == hashes[order[:-1]]) & (hashes[order[1:]] != 0)
+    return again
+
+
+def _key_at(file: Path, place: int) -> str:
+    """Key of a sample by its number in the shard; reads headers again, so that keys need not be kept."""
+    found: Iterator[Group] = groups(file, [])
+    return _shown(next(islice(found, place, None)).key)

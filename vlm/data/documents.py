@@ -14,7 +14,8 @@ from typing import Any
 
 from vlm.data.image import BadSample
 from vlm.data.loader import MAX_WARNINGS
-from vlm.data.shards import MAX_BYTES, check_bad, expand
+from vlm.data.record import MAX_BYTES
+from vlm.data.shards import check_bad, expand
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".tar")
 _END = bytes(1024)  # two blocks of zeros end a tar

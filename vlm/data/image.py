@@ -17,6 +17,7 @@ from torch.nn import functional
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no EPS or the like: some of them start programs
 MAX_ASPECT = 200  # resized to a square's height, a longer sliver would need gigabytes
+TRAITS = ("grey", "palette", "CMYK", "alpha", "16 bit", "float", "turned by EXIF", "animated")
 
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,6 +67,28 @@ def decode(data: bytes, max_pixels: int = 50_000_000, least: int | None = None) 
         raise BadSample("not an image", f"no {', '.join(FORMATS)}; starts with {data[:12]!r}") from None
     except Exception as error:  # damaged files raise whatever the decoder stumbles over
         raise BadSample("corrupt image", f"{type(error).__name__}: {error}") from None
+
+
+def traits(data: bytes) -> list[str]:
+    """What is unusual about a picture that `decode` takes, none of it a fault: TRAITS that hold, in that order."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    wide = image.mode.startswith("I") or (image.format == "PNG" and data[24] == 16)  # PIL hides 16 bits of colour
+    try:
+        turned = image.getexif().get(0x0112, 1) in _TURN
+        moving = getattr(image, "n_frames", 1) > 1
+    except Exception:  # damage behind the first frame, which is all that is used
+        turned = moving = False
+    holds = (
+        image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;"),
+        image.mode in ("P", "PA"),
+        image.mode == "CMYK",
+        image.has_transparency_data,
+        wide,
+        image.mode == "F",
+        turned,
+        moving,
+    )
+    return [name for name, true in zip(TRAITS, holds, strict=True) if true]
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.image import BadSample
-from vlm.data.shards import MAX_BYTES, RawSample
+from vlm.data.record import MAX_BYTES
+from vlm.data.shards import RawSample
 
 PICTURES = "jpg;jpeg;png;webp;gif;bmp;tif;tiff"  # suffixes
 

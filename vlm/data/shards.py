@@ -5,10 +5,9 @@ import glob
 import logging
 import os
 import re
-import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,16 @@ from braceexpand import braceexpand
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vlm.data.captions import caption_spec, find_captions, json_fields, parse_caption
 from vlm.data.image import BadSample
+from vlm.data.record import MAX_BYTES, Record
+from vlm.data.tar import groups
 
-MAX_BYTES = 2**28  # of one member; a larger one is damage or no picture
 MIN_SEEN = 100  # samples before the share of bad ones means something
-_BLOCK = 512
+_REMEDIES = {
+    "duplicate key": "; each sample needs a key of its own, and the first one is used: rename, or name the shard once",
+    "members apart": "; the members of a sample must stand side by side: write the shard anew, sorted by name",
+    "dotted name": "; the key of a sample ends at the first dot of its file name: rename without dots",
+}
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +122,9 @@ class Shards:
 
     `image`: suffixes, `caption`: "txt" (one caption a line) or "json:FIELD" (a string or a list), first found wins.
     `id_field`: json field that says which samples show the same thing; the key without one.
-    Incomplete samples are counted in `bad`, and so is a shard that is cut off or damaged, of which the samples before
-    the damage are used; `others` counts the members of no use here, by suffix.
-    ValueError: a repeated key, more than `max_bad_fraction` bad ones, no usable sample at all.
+    Unusable samples are left out and counted in `bad` by reason, the first of one key excepted; so is a shard that is
+    cut off or damaged, of which the samples before the damage are used. `others`: members of no use here, by suffix.
+    ValueError: more than `max_bad_fraction` bad ones, no usable sample at all.
     """
 
     def __init__(
@@ -136,21 +139,19 @@ class Shards:
         self.files = expand(spec)
         self.bad: Counter[str] = Counter()
         self._damage: list[str] = []
+        self._hints: list[str] = []  # the first of each fault that names or order explain
         self.max_bad_fraction = max_bad_fraction
-        self._images = [suffix.strip().lower() for suffix in image.split(";")]
-        self._captions = parse_caption(caption)
-        self._id_field = id_field
-        suffixes = [*self._images, *(suffix for suffix, _ in self._captions), "json"]
-        self._columns = {suffix: i for i, suffix in enumerate(dict.fromkeys(suffixes))}
+        self._record = Record(image, caption, id_field)
+        self._columns = self._record.columns
         table, seen = _Table(self._columns), Counter[str]()
         self._stamps = [self._index(number, table, seen) for number in range(len(self.files))]
         self.others = Counter({suffix: count for suffix, count in seen.items() if suffix not in self._columns})
         self._shard = np.array(table.shards, dtype=np.int32)
         self._place = np.array(table.places, dtype=np.int64).reshape(-1, len(self._columns), 2)
         self._keys, self._ends = bytes(table.keys), np.array(table.ends, dtype=np.int64)
-        self._refuse_repeats(np.array(table.hashes, dtype=np.int64))
+        self._drop_repeats(np.array(table.hashes, dtype=np.int64))
         self._refuse_unusable(seen)
-        for line in self._damage:
+        for line in [*self._damage, *self._hints]:
             log.warning("%s", line)
 
     def __len__(self) -> int:
@@ -167,18 +168,17 @@ class Shards:
 
     def raw(self, index: int) -> RawSample:
         """Read one sample. BadSample when its captions cannot be used; ValueError when the shard has changed."""
-        wanted = next(suffix for suffix in self._images if self._place[index, self._columns[suffix], 0] >= 0)
+        wanted = next(suffix for suffix in self._record.images if self._place[index, self._columns[suffix], 0] >= 0)
         data = self._read(index, [wanted])
-        fields = json_fields(data["json"]) if "json" in data else {}
-        texts = find_captions(self._captions, data, fields)
-        return RawSample(self.key(index), self._id(index, fields), data[wanted], texts, fields)
+        fields, key = self._record.fields(data), self.key(index)
+        return RawSample(key, self._record.id(key, fields), data[wanted], self._record.texts(data, fields), fields)
 
     def captions(self) -> Iterator[str]:
         """All captions of all usable samples, in order; pictures are not read."""
         for index in range(len(self)):
             try:
                 data = self._read(index, [])
-                yield from find_captions(self._captions, data, json_fields(data["json"]) if "json" in data else {})
+                yield from self._record.texts(data, self._record.fields(data))
             except BadSample:
                 continue
 
@@ -186,7 +186,7 @@ class Shards:
         """Members with captions, json, and the images named, by suffix."""
         number = int(self._shard[index])
         file = self.files[number]
-        wanted = dict.fromkeys([*images, *(suffix for suffix, _ in self._captions), "json"])
+        wanted = dict.fromkeys([*images, *self._record.texts_in])
         with file.open("rb") as handle:
             stat = os.fstat(handle.fileno())
             if (stat.st_size, stat.st_mtime_ns) != self._stamps[number]:
@@ -201,80 +201,53 @@ class Shards:
                     data[suffix] = handle.read(size)
         return data
 
-    def _id(self, index: int, fields: dict[str, Any]) -> str:
-        if self._id_field is None:
-            return self.key(index)
-        if fields.get(self._id_field) is None:
-            raise BadSample("no id", f"its json has no field {self._id_field!r}")
-        return str(fields[self._id_field])
-
     def _index(self, number: int, table: _Table, seen: Counter[str]) -> tuple[int, int]:
         """Add one shard to the table; returns its size and time of change."""
         file = self.files[number]
         stat = file.stat()
-        finished: set[str] = set()
-        key, members = "", dict[str, tuple[int, int]]()
         damaged = len(self._damage)
-        for name, offset, size in tar_members(file, self._damage):
-            stem, _, suffix = name.rpartition("/")[2].partition(".")
-            if not stem or not suffix:
-                continue  # no sample by webdataset's rule: README, hidden files
-            suffix, own = suffix.lower(), name[: len(name) - len(suffix) - 1]
-            if own != key:
-                self._finish(number, key, members, table)
-                finished.add(key)
-                key, members = own, {}
-            if own in finished or suffix in members:
-                raise ValueError(
-                    f"{file}: {name!r} at byte {offset} comes twice or apart from its sample; write it anew"
-                )
-            members[suffix] = offset, size
-            seen[suffix] += 1
+        for group in groups(file, self._damage):
+            seen.update(group.members.keys())
+            fault = self._record.fault(group)
+            if not fault:
+                table.add(number, group.key, group.members)
+            elif len(self._damage) == damaged:  # else it is cut off: counted once, as the shard
+                self._count(fault, f"{file}: {group.key!r} ({', '.join(group.members)})")
         if len(self._damage) > damaged:
-            self._finish_damaged(number, key, members, table)
-        else:
-            self._finish(number, key, members, table)
+            self.bad["damaged shard"] += 1
+            self._damage[-1] += f"; the {table.shards.count(number)} samples before that are used"
         return stat.st_size, stat.st_mtime_ns
 
-    def _finish(self, number: int, key: str, members: dict[str, tuple[int, int]], table: _Table) -> None:
-        if not members:
-            return
-        if not any(suffix in members for suffix in self._images):
-            self.bad["no image"] += 1
-        elif not any(suffix in members for suffix, _ in self._captions):
-            self.bad["no caption"] += 1
-        elif not key.isascii() and key != key.encode("utf-8", "replace").decode():
-            self.bad["name is not UTF-8"] += 1
-        else:
-            table.add(number, key, members)
+    def _count(self, fault: str, example: str) -> None:
+        if fault not in self.bad and fault in ("duplicate key", "members apart", "dotted name"):
+            self._hints.append(f"{fault}: {example}{_REMEDIES[fault]}")
+        self.bad[fault] += 1
 
-    def _finish_damaged(self, number: int, key: str, members: dict[str, tuple[int, int]], table: _Table) -> None:
-        before = self.bad.copy()
-        self._finish(number, key, members, table)  # it may lack only what nobody asks for
-        self.bad = before + Counter({"damaged shard": 1})
-        self._damage[-1] += f"; the {table.shards.count(number)} samples before that are used"
-
-    def _refuse_repeats(self, hashes: npt.NDArray[np.int64]) -> None:
+    def _drop_repeats(self, hashes: npt.NDArray[np.int64]) -> None:
+        """Of samples of one key the first is kept."""
         order = np.argsort(hashes, kind="stable")
-        for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]):
-            first, second = int(order[place]), int(order[place + 1])
+        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        keep = np.ones(len(hashes), dtype=bool)
+        pairs = sorted((int(order[place + 1]), int(order[place])) for place in same.tolist())
+        for second, first in pairs:
             if self.key(first) == self.key(second):
-                raise ValueError(
-                    f"key {self.key(first)!r} is in {self.files[self._shard[first]]} and again in "
-                    f"{self.files[self._shard[second]]}: each sample needs its own; rename, or name the shard once"
-                )
+                keep[second] = False
+                self._count("duplicate key", f"{self.where(first)}, and again in {self.files[self._shard[second]]}")
+        if not keep.all():
+            kept = [self.key(index).encode() for index in np.flatnonzero(keep).tolist()]
+            self._keys, self._ends = b"".join(kept), np.cumsum([len(key) for key in kept], dtype=np.int64)
+            self._shard, self._place = self._shard[keep], self._place[keep]
 
     def _refuse_unusable(self, seen: Counter[str]) -> None:
         names = f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
-        wanted = f"image={';'.join(self._images)!r}, caption={caption_spec(self._captions)!r}"
+        wanted = f"image={';'.join(self._record.images)!r}, caption={self._record.caption_spec!r}"
         if not len(self) and self._damage:
             raise ValueError("\n".join([*self._damage[:5], f"{names}: no sample has both picture and caption"]))
         if not len(self):
             found = ", ".join(f"{suffix} ({count})" for suffix, count in seen.most_common(12)) or "no members at all"
-            raise ValueError(
-                f"{names}: no sample has both picture and caption. Wanted {wanted}; suffixes found: {found}"
-            )
-        check_bad(self.bad, len(self) + self.bad.total(), self.max_bad_fraction, names)
+            message = f"{names}: no sample has both picture and caption. Wanted {wanted}; suffixes found: {found}"
+            raise ValueError("\n".join([message, *self._hints]))
+        check_bad(self.bad, len(self) + self.bad.total(), self.max_bad_fraction, names, self._hints)
         # A misspelt json field shows only inside the samples: a few spread ones tell it before training starts.
         trials = np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int).tolist()
         reasons = Counter(reason for index in trials if (reason := self._trial(index)))
@@ -287,63 +260,19 @@ class Shards:
             self.raw(index)
         except BadSample as bad:
             try:
-                names = sorted(json_fields(self._read(index, [])["json"]))
-            except (BadSample, KeyError):
+                names = sorted(self._record.fields(self._read(index, [])))
+            except BadSample:
                 return str(bad)
-            return f"{bad}; fields of its json: {', '.join(names)}"
+            return f"{bad}; fields of its json: {', '.join(names)}" if names else str(bad)
         return ""
 
 
-def check_bad(bad: Counter[str], seen: int, limit: float, where: str) -> None:
-    """ValueError when more than `limit` of at least MIN_SEEN samples were bad."""
+def check_bad(bad: Counter[str], seen: int, limit: float, where: str, hints: Sequence[str] = ()) -> None:
+    """ValueError, followed by `hints`, when more than `limit` of at least MIN_SEEN samples were bad."""
     if seen >= MIN_SEEN and bad.total() > limit * seen:
         counts = ", ".join(f"{reason}: {count}" for reason, count in bad.most_common())
-        raise ValueError(
+        message = (
             f"{where}: {bad.total()} of {seen} samples are unusable ({counts}), more than max_bad_fraction={limit}; "
             "repair the shards, or raise max_bad_fraction"
         )
-
-
-def tar_members(
-    file: Path, damage: list[str], odd: Callable[[tarfile.TarInfo], None] | None = None
-) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file in a tar; links, devices and folders are passed over (`odd` is told).
-
-    Ends early, with a message added to `damage`, where the tar is cut off or damaged outside its files' contents.
-    ValueError when it cannot be read at all.
-    """
-    end, whole = 0, file.stat().st_size
-    try:
-        with tarfile.open(file, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                plain = member.isreg() and not member.issparse()
-                if plain and member.offset_data + member.size > whole:
-                    raise tarfile.ReadError(f"{member.name!r} is not all there")
-                end = tar.offset
-                if not plain and odd is not None:
-                    odd(member)
-                if plain:
-                    yield member.name, member.offset_data, member.size
-            end = tar.offset
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        damage.append(f"{file}: {_damage(file, end)} ({error})")
-        return
-    # tarfile takes a damaged header for the end of the archive; the real end is marked by two blocks of zeros.
-    with file.open("rb") as handle:
-        handle.seek(end)
-        mark = handle.read(2 * _BLOCK)
-    if mark != bytes(2 * _BLOCK):
-        damage.append(f"{file}: {_damage(file, end)}")
-
-
-def _damage(file: Path, end: int) -> str:
-    with file.open("rb") as handle:
-        start = handle.read(4)
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
-        raise ValueError(f"{file}: is compressed, which allows no random access; unpack it to a plain .tar")
-    if not end:
-        return "is not a tar file, or its very beginning is damaged; fetch or write it anew"
-    return f"is cut off or damaged at or after byte {end} of {file.stat().st_size}; fetch or write it anew"
+        raise ValueError("\n".join([message, *hints]))

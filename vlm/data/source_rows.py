@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from vlm.data.captions import json_fields
 from vlm.data.image import BadSample
-from vlm.data.shards import MAX_BYTES
+from vlm.data.record import MAX_BYTES
 
 Row = dict[str, Any]
 _HEAD = 100  # rows that are asked for their columns

@@ -175,11 +175,6 @@ def latest(run: Path) -> Path:
     return found[-1]
 
 
-def best(run: Path) -> Path:
-    """The checkpoint of the lowest validation loss where that is kept, else the newest. Errors as of `latest`."""
-    return _named(run, BEST) or latest(run)
-
-
 def _file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -315,11 +315,11 @@ def test_the_best_outlives_the_newest(job: Job) -> None:
     for step, best in ((1, True), (2, True), (3, False), (4, False)):
         job.save(step, keep=1, best=best)
     assert [folder.name for folder in checkpoint.checkpoints(job.run)] == ["step-0000002", "step-0000004"]
-    assert checkpoint.best(job.run).name == "step-0000002"
+    assert checkpoint.whole(job.run, checkpoint.BEST).name == "step-0000002"
     assert checkpoint.latest(job.run).name == "step-0000004"
 
 
 def test_without_a_best_the_newest_is_used(job: Job) -> None:
     job.save(1)
     job.save(2)
-    assert checkpoint.best(job.run) == checkpoint.latest(job.run)
+    assert checkpoint.whole(job.run, checkpoint.BEST) == checkpoint.latest(job.run)

@@ -25,7 +25,7 @@ class RetentionMixer(Section):
     kind: Literal["retention"]
     value_dim: Positive | None = Field(None, description="width of all value heads; 2 dim unless given")
     decay: Literal["powers", "geometric"] = Field("powers", description="1 - 2^(-5-h), or 1 - 1/32 ... 1 - 1/512")
-    chunk: Annotated[int, Field(ge=1, le=512)] = Field(64, description="tokens of a chunk: speed alone")
+    chunk: Annotated[int, Field(ge=1, le=512)] = Field(64, description="tokens of a chunk: speed alone; not for fla")
     kernel: Literal["torch", "fla"] = Field("torch", description="fla: Triton kernels, NVIDIA GPUs alone, vlm[fla]")
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from vlm.data.text import Tokenizer
 MAX_TRIES = 100  # replacements in a row for one bad sample
 MAX_WARNINGS = 10  # bad samples that are named in the log; the rest are only counted
 _ORDER, _SAMPLE, _AUGMENT = range(3)  # streams of random numbers
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +144,8 @@ class Loader:
                     batch_size=None,
                     sampler=steps,
                     num_workers=self.workers,
-                    collate_fn=unchanged,
-                    worker_init_fn=ignore_signals,
+                    collate_fn=_unchanged,
+                    worker_init_fn=_ignore_signals,
                     generator=torch.Generator(),  # else starting the workers would draw from the global one
                 )
             )
@@ -237,12 +239,27 @@ class _Count:
             step += 1
 
 
-def unchanged(work: Any) -> Any:
-    """Keeps `DataLoader` from making tensors of what it passes on."""
+def in_order(items: Dataset[T], count: int, workers: int) -> Iterator[T]:
+    """The first `count` items, made here or by `workers` processes."""
+    if not workers:
+        return (items[index] for index in range(count))
+    return iter(
+        DataLoader(
+            items,
+            batch_size=None,
+            sampler=range(count),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_ignore_signals,
+        )
+    )
+
+
+def _unchanged(work: Any) -> Any:
     return work
 
 
-def ignore_signals(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """What asks the job to stop is the main process's to handle, which may need a batch yet; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

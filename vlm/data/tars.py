@@ -125,6 +125,16 @@ class Tars:
             self._file = None
 
 
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Writes index.json, and sizes.json out of its `shards`, on the disk for good."""
+    sizes = {shard["file"]: shard["samples"] for shard in index["shards"]}
+    for name, content in ((SIZES, sizes), (INDEX, index)):
+        with (folder / name).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def check_out(out: Path, overwrite: bool, sources: Sequence[str] = ()) -> None:
     """Refuses a folder that is not ours to replace, before any work. Changes nothing."""
     if out.exists():

@@ -3,7 +3,6 @@
 import io
 import json as jsonlib
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,14 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vlm.data.image import BadSample, decode
-from vlm.data.loader import MAX_WARNINGS, ignore_signals, unchanged
+from vlm.data.loader import MAX_WARNINGS, in_order
 from vlm.data.pictures import PICTURES, Pictures
 from vlm.data.shards import Shards, check_bad
 from vlm.data.sources import Source, has_paths, open_pictures
-from vlm.data.tars import INDEX, SIZES, Names, Tars, check_out, drafted
+from vlm.data.tars import Names, Tars, check_out, drafted, write_index
 
 KEY, PICTURE = "key", "picture"  # fields of each sample's json: the key in the source; samples equal in the other
 LIMIT = 0.05  # share of bad samples
@@ -126,12 +125,7 @@ def write_shards(source: Pictures, out: Path, recipe: Recipe, options: Options |
     options = options or Options()
     with drafted(out, options.overwrite) as draft:
         index = {"format": options.about, "recipe": asdict(recipe), **_fill(draft, source, recipe, options)}
-        sizes = {shard["file"]: shard["samples"] for shard in index["shards"]}
-        for name, content in ((SIZES, sizes), (INDEX, index)):
-            with (draft / name).open("w", encoding="utf-8") as file:
-                file.write(jsonlib.dumps(content, indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        write_index(draft, index)
     return index
 
 
@@ -232,19 +226,7 @@ class _Work(Dataset[_Result]):
 
 
 def _made(source: Pictures, recipe: Recipe, options: Options) -> Iterator[_Result]:
-    work, workers = _Work(source, recipe, options.own_id), options.workers
-    if not workers:
-        return (work[index] for index in range(len(source)))
-    return iter(
-        DataLoader(
-            work,
-            batch_size=None,
-            sampler=range(len(source)),
-            num_workers=workers,
-            collate_fn=unchanged,
-            worker_init_fn=ignore_signals,
-        )
-    )
+    return in_order(_Work(source, recipe, options.own_id), len(source), options.workers)
 
 
 def encoded(data: bytes, recipe: Recipe) -> tuple[str, bytes]:

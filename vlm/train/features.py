@@ -13,16 +13,17 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vlm import build
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.data.features import SUFFIX, FeatureDtype, FeatureInfo, FeatureShards
 from vlm.data.image import BadSample, ImageTransform
+from vlm.data.loader import in_order
 from vlm.data.pictures import Pictures
 from vlm.data.shards import check_bad
-from vlm.data.tars import INDEX, SIZES, Names, Tars, check_out, drafted
+from vlm.data.tars import Names, Tars, check_out, drafted, write_index
 from vlm.model.vlm import VisionLanguageModel
 from vlm.nn.backend import autocast, best_device, fast_float32
 from vlm.restore import initialise
@@ -149,26 +150,19 @@ def _write(maker: _Maker, source: Pictures, out: Path, workers: int, overwrite: 
         tars.close()
         if not tars.written:
             raise ValueError(f"{source.files[0]}: no picture is usable: {dict(bad)}")
-        shards = [asdict(shard) for shard in tars.written]
         index: dict[str, Any] = {
             "samples": sum(shard.samples for shard in tars.written),
             "bad": dict(bad),
-            "shards": shards,
+            "shards": [asdict(shard) for shard in tars.written],
             SUFFIX: asdict(maker.info),
         }
-        sizes = {shard.file: shard.samples for shard in tars.written}
-        for name, content in ((SIZES, sizes), (INDEX, index)):
-            (draft / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_index(draft, index)
     return {"samples": index["samples"], "bad": index["bad"], "bytes": sum(shard.bytes for shard in tars.written)}
 
 
 def _groups(source: Pictures, transform: ImageTransform, workers: int) -> Iterator[list[tuple[int, _Read]]]:
     """All samples in order, BATCH at a time."""
-    pixels = _Pixels(source, transform)
-    reads: Iterator[_Read] = map(pixels.__getitem__, range(len(source)))
-    if workers:
-        loader = DataLoader(pixels, batch_size=None, sampler=range(len(source)), num_workers=workers, collate_fn=_same)
-        reads = iter(loader)
+    reads = in_order(_Pixels(source, transform), len(source), workers)
     group: list[tuple[int, _Read]] = []
     console = Console(stderr=True)
     shown = track(reads, "features", len(source), console=console, disable=not console.is_terminal, transient=True)
@@ -177,7 +171,3 @@ def _groups(source: Pictures, transform: ImageTransform, workers: int) -> Iterat
         if len(group) == BATCH or index == len(source) - 1:
             yield group
             group = []
-
-
-def _same(read: Any) -> Any:
-    return read

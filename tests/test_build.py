@@ -13,7 +13,6 @@ from vlm.config.schema import Run
 from vlm.data.text import Tokenizer, train_bpe
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.qformer import QFormer
-from vlm.train.loop import one_step
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "vlm" / "quickstart").glob("*.yaml")])
@@ -66,7 +65,7 @@ def test_every_decoder_takes_every_mixer_and_ffn(path: Path, mixer: str, ffn: st
 def test_a_decoder_of_any_kind_learns(tmp_path: Path, choice: list[str]) -> None:
     made = Made(tiny_run(tmp_path, "decoder", "train.params.0.lr=0.01", *choice))
     batch = made.batch("a red square", "a green square")
-    losses = [one_step(made.task, [batch], made.optimizer, 1.0, torch.float32)[0] for _ in range(12)]
+    losses = [made.step([batch], 1.0)[0] for _ in range(12)]
     assert losses[-1]["lm"] < 0.8 * losses[0]["lm"]
     assert ("balance" in losses[0]) == ("ffn.kind=moe" in choice[0])
 
@@ -147,15 +146,15 @@ def test_every_mix_takes_a_training_step(tmp_path: Path, mix: str) -> None:
     given["model"] = {"vision": given["model"]["vision"], "embed_dim": 16, **model}
     given["losses"] = losses
     made = Made(load(Run, write_config(tmp_path / "run.yaml", given)))
-    batch = next(made.loader.train())
+    batch = next(made.loader.train([0]))
     before = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
-    first, norm = one_step(made.task, [batch], made.optimizer, 1.0, torch.float32)
+    first, norm = made.step([batch], 1.0)
     assert set(first) == {loss["kind"] for loss in losses}
     assert 0 < norm < float("inf")
     moved = {name.split(".")[0] for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name.split(".")[0] for name in before}  # every part learns something
     for _ in range(4):
-        last, _ = one_step(made.task, [batch], made.optimizer, 1.0, torch.float32)
+        last, _ = made.step([batch], 1.0)
     assert sum(last.values()) < sum(first.values())
 
 

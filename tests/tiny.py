@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from PIL import Image
 
@@ -17,7 +18,10 @@ from vlm.config.schema import Run
 from vlm.data.batch import Batch, collate
 from vlm.data.image import decode
 from vlm.data.shards import Sample
+from vlm.train.experts import Health
+from vlm.train.loop import one_step
 from vlm.train.optim import assign, make_optimizer
+from vlm.train.parallel import Passes
 from vlm.train.run import frozen_parts, objective, rules
 from vlm.train.task import Task
 
@@ -133,6 +137,13 @@ class Made:
             run, self.shards, self.model.vision.transform, self.tokenizer, self.model.image_tokens
         )
         self.run = run
+        self.passes = Passes(self.task, torch.float32)
+
+    def step(
+        self, group: Sequence[Batch], clip: float | None = 1.0, health: Health | None = None
+    ) -> tuple[dict[str, float], float]:
+        """One step over micro-batches; each draws as in training, by its place."""
+        return one_step(self.passes, group, range(len(group)), self.optimizer, clip, health)
 
     def batch(self, *captions: str) -> Batch:
         """One sample for each caption; the first picture is that of sample 0, and so on."""

@@ -20,9 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vlm import sharded
 from vlm.model.weights.files import differences, fingerprint, read
+from vlm.world import World
 
 CONFIG, LATEST, BEST = "config.yaml", "latest", "best"
+MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
+PARTS = "optimizer"  # a folder in place of that file where several processes keep its tensors divided (FSDP)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ def save(
     model: nn.Module,
     stored: Stored,
     optimizer: Optimizer,
+    world: World,
     average: Mapping[str, Tensor] | None = None,
     keep: int = 2,
     extra: Mapping[str, Any] | None = None,
@@ -62,41 +67,68 @@ def save(
 ) -> Path:
     """Writes step-N beside the others and then moves `latest` to it; an interrupted or failed save changes nothing.
 
-    `best`: it is the best so far, and outlives the `keep` newest. Checkpoints of later steps go: they are damaged, or
-    will be made again.
+    All processes of a run must call. `best`: it is the best so far, and outlives the `keep` newest. Checkpoints of
+    later steps go: they are damaged, or will be made again.
 
     Errors: OSError when the disk is full or not writable.
     """
     final = run / f"step-{step:07d}"
     draft = run / f".{final.name}.tmp"
+    weights = model.state_dict()
+    kept = {name: weights[name] for name in stored.kept}
+    memory = optimizer_tensors(model, optimizer)
+    frozen = {"tensors": len(stored.frozen), "sha256": stored.sha256}
+
+    def finish() -> None:
+        seal(draft, {"step": step, "frozen": frozen, **(extra or {})})
+        _commit(run, draft, final, keep, best)
+
+    try:
+        world.first_does(lambda: _begin(run, draft))
+        if sharded.in_parts(kept):
+            sharded.write_whole(draft / MODEL, kept, world)
+            sharded.write(draft / PARTS, memory)
+            if average is not None:
+                sharded.write_whole(draft / AVERAGE, average, world)
+        else:
+            world.first_does(lambda: _write_all(draft, kept, memory, average))
+        world.first_does(finish)
+    except OSError as error:
+        if world.first:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(f"could not save step {step} in {run}: {error}; the checkpoints before it are whole") from None
+    return final
+
+
+def _begin(run: Path, draft: Path) -> None:
     for left in run.glob(".step-*.tmp"):  # by a process that was killed while saving
         shutil.rmtree(left, ignore_errors=True)
-    weights = model.state_dict()
-    try:
-        draft.mkdir(parents=True)
-        _write(draft / "model.safetensors", {name: weights[name] for name in stored.kept})
-        _write(draft / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-        if average is not None:
-            _write(draft / "average.safetensors", average)
-        frozen = {"tensors": len(stored.frozen), "sha256": stored.sha256}
-        seal(draft, {"step": step, "frozen": frozen, **(extra or {})})
-        for file in draft.iterdir():
-            _sync(file)
-        if final.exists():
-            _remove(final)
-        draft.replace(final)
-        _point(run, LATEST, final.name)
-        if best:
-            _point(run, BEST, final.name)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise OSError(f"could not save step {step} in {run}: {error}; the checkpoints before it are whole") from None
+    draft.mkdir(parents=True)
+
+
+def _write_all(
+    draft: Path, kept: Mapping[str, Tensor], memory: Mapping[str, Tensor], average: Mapping[str, Tensor] | None
+) -> None:
+    _write(draft / MODEL, kept)
+    _write(draft / OPTIMIZER, memory)
+    if average is not None:
+        _write(draft / AVERAGE, average)
+
+
+def _commit(run: Path, draft: Path, final: Path, keep: int, best: bool) -> None:
+    for file in draft.rglob("*"):
+        _sync(file)
+    if final.exists():
+        _remove(final)
+    draft.replace(final)
+    _point(run, LATEST, final.name)
+    if best:
+        _point(run, BEST, final.name)
     found = checkpoints(run)
     mine = found.index(final)
     for other in found[: max(0, mine + 1 - keep)] + found[mine + 1 :]:
         if other != _named(run, BEST):
             _remove(other)
-    return final
 
 
 def _remove(folder: Path) -> None:
@@ -139,7 +171,8 @@ def whole(run: Path, prefer: str = LATEST) -> Path:
 
 def seal(folder: Path, state: Mapping[str, Any]) -> None:
     """Writes state.json with the hashes of all other files in the folder, and of itself."""
-    files = {file.name: _file_hash(file) for file in sorted(folder.iterdir()) if file.name != "state.json"}
+    there = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "state.json")
+    files = {file.relative_to(folder).as_posix(): _file_hash(file) for file in there}
     sealed = {**{key: value for key, value in state.items() if key != "sha256"}, "files": files}
     (folder / "state.json").write_text(json.dumps({**sealed, "sha256": _own_hash(sealed)}, indent=1) + "\n")
 
@@ -201,9 +234,9 @@ def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], a
     """
     state = read_state(checkpoint)
     own = model.state_dict()
-    given = read(checkpoint / "model.safetensors")
-    if averaged and (checkpoint / "average.safetensors").is_file():
-        given |= read(checkpoint / "average.safetensors")
+    given = read(checkpoint / MODEL)
+    if averaged and (checkpoint / AVERAGE).is_file():
+        given |= read(checkpoint / AVERAGE)
     frozen = [name for name in own if name not in given and name.split(".")[0] in sourced]
     problems = differences({name: tensor for name, tensor in own.items() if name not in frozen}, given)
     if problems:
@@ -234,14 +267,25 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Gives an optimizer its memory back. Errors: memory of parameters that do not learn now."""
-    parameters = dict(model.named_parameters())
+    """Gives an optimizer its memory back, whoever wrote it, one process or many, and whoever reads it now.
+
+    Errors: memory of parameters that do not learn now.
+    """
     learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for key, value in read(checkpoint / "optimizer.safetensors").items():
+    parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in learning}
+
+    def room(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        parameter = parameters.get(key.rpartition("/")[0])
+        if parameter is None or parameter.shape != size:
+            return torch.empty(size, dtype=dtype)
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+
+    divided = checkpoint / PARTS
+    for key, value in (sharded.read(divided, room) if divided.is_dir() else read(checkpoint / OPTIMIZER)).items():
         name, part = key.rsplit("/", 1)
-        parameter = parameters.get(name)
-        if parameter is None or id(parameter) not in learning:
+        if (parameter := parameters.get(name)) is None:
             raise ValueError(f"{checkpoint} was trained with {name}, which does not learn now: compare train.params")
+        value = sharded.like(value.to(parameter.device), parameter)
         # The fused optimizer walks raw memory: what has the parameter's shape needs its order of strides too.
         like = parameter.detach() if value.shape == parameter.shape else value
         optimizer.state[parameter][part] = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(
@@ -250,7 +294,10 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> 
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def _point(run: Path, pointer: str, name: str) -> None:

@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def our_pipeline(pattern: str, workers: int, scaled: bool) -> Callable[[], int]:
             Shards(pattern), transform, clip_tokenizer(), BATCH,
             max_tokens=77, template=None, image_tokens=0, augment=augment, workers=workers,
         )  # fmt: skip
-        batches = loader.train()
+        batches = loader.train(count())
         return sum(next(batches).size for _ in range(loader.steps_per_epoch))
 
     return run

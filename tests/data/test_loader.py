@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,9 @@ AUGMENT = Augment(scale=(0.5, 1.0), flip=True, brightness=0.3, contrast=0.3, era
 )
 def test_step_is_all_that_matters(shards: Shards, bpe: Tokenizer, options: dict[str, int]) -> None:
     common: dict[str, Any] = {"augment": AUGMENT, "seed": 3, "captions_per_image": 2}
-    expected = list(itertools.islice(_loader(shards, bpe, **common).train(), 11))  # 4 steps an epoch
+    expected = list(itertools.islice(_loader(shards, bpe, **common).train(count()), 11))  # 4 steps an epoch
     for start in (0, 3, 4):
-        got = itertools.islice(_loader(shards, bpe, **common, **options).train(start), 11 - start)
+        got = itertools.islice(_loader(shards, bpe, **common, **options).train(count(start)), 11 - start)
         for one, other in zip(got, expected[start:], strict=True):
             _assert_same(one, other)
 
@@ -87,32 +88,32 @@ def test_step_is_all_that_matters(shards: Shards, bpe: Tokenizer, options: dict[
 def test_epochs_and_seeds(shards: Shards, bpe: Tokenizer) -> None:
     loader = _loader(shards, bpe, batch_size=6)
     assert loader.steps_per_epoch == 4
-    batches = list(itertools.islice(loader.train(), 8))
+    batches = list(itertools.islice(loader.train(count()), 8))
     for epoch in (batches[:4], batches[4:]):
         assert sorted(key for batch in epoch for key in batch.keys) == [shards.key(i) for i in range(24)]
     assert batches[0].keys != batches[4].keys
-    assert next(_loader(shards, bpe, batch_size=6, seed=1).train()).keys != batches[0].keys
-    assert next(_loader(shards, bpe, shuffle=False).train(4)).keys == [shards.key(i) for i in range(5)]
+    assert next(_loader(shards, bpe, batch_size=6, seed=1).train(count())).keys != batches[0].keys
+    assert next(_loader(shards, bpe, shuffle=False).train(count(4))).keys == [shards.key(i) for i in range(5)]
 
 
 def test_captions_are_drawn_evenly_and_without_repeats(shards: Shards, bpe: Tokenizer) -> None:
     seen: Counter[int] = Counter()
-    for batch in itertools.islice(_loader(shards, bpe, batch_size=24, captions_per_image=2).train(), 50):
+    for batch in itertools.islice(_loader(shards, bpe, batch_size=24, captions_per_image=2).train(count()), 50):
         for index, (first, second) in enumerate(zip(batch.strings[::2], batch.strings[1::2], strict=True)):
             known = [f"number {int(batch.keys[index][1:])}", f"the {int(batch.keys[index][1:])}th thing", "a thing"]
             assert first != second
             seen.update((known.index(first), known.index(second)))
     assert all(700 < seen[place] < 900 for place in range(3)) and seen.total() == 2400
-    assert len(next(_loader(shards, bpe, captions_per_image=0).train()).strings) == 15
-    assert len(next(_loader(shards, bpe, captions_per_image=9).train()).strings) == 15
+    assert len(next(_loader(shards, bpe, captions_per_image=0).train(count())).strings) == 15
+    assert len(next(_loader(shards, bpe, captions_per_image=9).train(count())).strings) == 15
 
 
 def test_training_batch_is_finished(shards: Shards, bpe: Tokenizer) -> None:
-    batch = next(_loader(shards, bpe).train())
+    batch = next(_loader(shards, bpe).train(count()))
     assert batch.images.dtype == torch.float32
     index = int(batch.keys[2][1:]) % 20 + 12 * (int(batch.keys[2][1:]) // 20)
     assert torch.equal(batch.images[2], TRANSFORM(decode(shards.raw(index).image)))
-    augmented = next(_loader(shards, bpe, augment=AUGMENT).train())
+    augmented = next(_loader(shards, bpe, augment=AUGMENT).train(count()))
     assert augmented.keys == batch.keys and augmented.strings == batch.strings
     assert not torch.equal(augmented.images, batch.images)
 
@@ -134,7 +135,7 @@ def test_global_random_numbers_are_left_alone(shards: Shards, bpe: Tokenizer) ->
     states = []
     for workers in (0, 1):
         torch.manual_seed(0)
-        next(_loader(shards, bpe, workers=workers, augment=AUGMENT).train())
+        next(_loader(shards, bpe, workers=workers, augment=AUGMENT).train(count()))
         states.append(torch.rand(1).item())
     torch.manual_seed(0)
     assert states == [torch.rand(1).item()] * 2
@@ -152,8 +153,8 @@ def test_bad_samples_are_replaced_and_counted(workers: int, bpe: Tokenizer, tmp_
     shards = Shards(_damaged(tmp_path / "s.tar", 60, 15), max_bad_fraction=0.5)
     bad = {shards.key(i) for i in range(0, 60, 15)}
     loader, expected = _loader(shards, bpe, batch_size=12, workers=workers), _loader(shards, bpe, batch_size=12)
-    batches = list(itertools.islice(loader.train(), 5))
-    for one, other in zip(batches, expected.train(), strict=False):
+    batches = list(itertools.islice(loader.train(count()), 5))
+    for one, other in zip(batches, expected.train(count()), strict=False):
         _assert_same(one, other)
         assert len(one.keys) == 12 and not bad & set(one.keys)
     assert loader.bad == expected.bad and set(loader.bad) == {"not an image", "corrupt image"}
@@ -168,7 +169,10 @@ def test_bad_samples_are_replaced_and_counted(workers: int, bpe: Tokenizer, tmp_
 def test_too_many_bad_samples_stop_the_run(workers: int, bpe: Tokenizer, tmp_path: Path) -> None:
     shards = Shards(_damaged(tmp_path / "s.tar", 150, 5))
     message = r"samples are unusable \(.*not an image: .*more than max_bad_fraction=0.05; repair"
-    for batches in (_loader(shards, bpe, workers=workers).train(), _loader(shards, bpe, workers=workers).once()):
+    for batches in (
+        _loader(shards, bpe, workers=workers).train(count()),
+        _loader(shards, bpe, workers=workers).once(),
+    ):
         with pytest.raises(ValueError, match=message):
             for _ in zip(range(100), batches, strict=False):
                 pass
@@ -178,7 +182,7 @@ def test_too_many_bad_samples_stop_the_run(workers: int, bpe: Tokenizer, tmp_pat
 def test_all_bad(workers: int, bpe: Tokenizer, tmp_path: Path) -> None:
     shards = Shards(_damaged(tmp_path / "s.tar", 10, 1))
     with pytest.raises(ValueError, match=r"s.tar: k0000\d: unusable, and so were 99 others"):
-        next(_loader(shards, bpe, workers=workers).train())
+        next(_loader(shards, bpe, workers=workers).train(count()))
     with pytest.raises(ValueError, match="no sample is usable"):
         next(_loader(shards, bpe, workers=workers).once())
 
@@ -200,11 +204,11 @@ def test_cache_is_bounded_and_spares_the_disk(shards: Shards, bpe: Tokenizer, mo
 
     monkeypatch.setattr(Shards, "raw", counting)
     loader = _loader(shards, bpe, batch_size=24, cache_mb=1)
-    list(itertools.islice(loader.train(), 3))
+    list(itertools.islice(loader.train(count()), 3))
     assert reads.total() == 24
     loader = _loader(shards, bpe, batch_size=24)
     loader._room = 700  # room for three pictures of 192 bytes with their captions
-    list(itertools.islice(loader.train(), 3))
+    list(itertools.islice(loader.train(count()), 3))
     assert reads.total() == 24 + 3 * 24 - 2 * 3
 
 
@@ -225,18 +229,18 @@ def test_settings_out_of_range(options: dict[str, int], message: str, shards: Sh
 
 def test_batch_larger_than_the_set(shards: Shards, bpe: Tokenizer) -> None:
     with pytest.raises(ValueError, match="batch_size=25 exceeds the 24 usable samples"):
-        _loader(shards, bpe, batch_size=25).train()
+        _loader(shards, bpe, batch_size=25).train(count())
 
 
 def test_loader_can_be_pickled(shards: Shards, bpe: Tokenizer) -> None:
     loader = _loader(shards, bpe)
-    _assert_same(next(pickle.loads(pickle.dumps(loader)).train(7)), next(loader.train(7)))
+    _assert_same(next(pickle.loads(pickle.dumps(loader)).train(count(7))), next(loader.train(count(7))))
 
 
 def test_the_first_caption_can_be_kept(tmp_path: Path, bpe: Tokenizer) -> None:
     members = {"__key__": "a", "png": picture((8, 8)), "txt": "name\nfirst\nsecond\nthird"}
     write(tmp_path / "0.tar", [members])
     loader = _loader(Shards(str(tmp_path)), bpe, batch_size=1, captions_per_image=2, keep_first=True)
-    drawn = [batch.strings for batch in itertools.islice(loader.train(), 40)]
+    drawn = [batch.strings for batch in itertools.islice(loader.train(count()), 40)]
     assert all(strings[0] == "name" and len(strings) == 2 for strings in drawn)
     assert {strings[1] for strings in drawn} == {"first", "second", "third"}

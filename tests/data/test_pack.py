@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_every_token_once_an_epoch(sizes: tuple[int, int, int], seed: int) -> No
     loader = PackedLoader(np.arange(tokens, dtype=np.uint16), length, batch, seed)
     blocks = tokens // length
     assert loader.blocks == blocks and loader.steps_per_epoch == -(-blocks // batch)
-    rows = _rows(loader.train(), -(-3 * blocks // batch))
+    rows = _rows(loader.train(count()), -(-3 * blocks // batch))
     for epoch in rows[: 3 * blocks].split(blocks):
         assert sorted(epoch.flatten().tolist()) == list(range(blocks * length))
         assert torch.equal(epoch, epoch[:, :1] + torch.arange(length))
@@ -198,22 +199,22 @@ def test_every_token_once_an_epoch(sizes: tuple[int, int, int], seed: int) -> No
 @given(STREAMS, st.integers(0, 2**63 - 1), st.integers(0, 30))
 def test_resumed_anywhere(sizes: tuple[int, int, int], seed: int, start: int) -> None:
     loader = PackedLoader(np.arange(sizes[0], dtype=np.uint32), *sizes[1:], seed)
-    expected = itertools.islice(loader.train(), start, start + 5)
+    expected = itertools.islice(loader.train(count()), start, start + 5)
     again = PackedLoader(np.arange(sizes[0], dtype=np.uint32), *sizes[1:], seed)
-    for one, other in zip(expected, again.train(start), strict=False):
+    for one, other in zip(expected, again.train(count(start)), strict=False):
         assert all(torch.equal(getattr(one, part), getattr(other, part)) for part in ("ids", "valid", "labels"))
 
 
 def test_seeds_and_epochs_differ() -> None:
     ids = np.arange(200, dtype=np.uint16)
-    epochs = [_rows(PackedLoader(ids, 2, 10, seed).train(), 30).split(100) for seed in range(3)]
+    epochs = [_rows(PackedLoader(ids, 2, 10, seed).train(count()), 30).split(100) for seed in range(3)]
     assert len({tuple(epoch.flatten().tolist()) for parts in epochs for epoch in parts}) == 9
 
 
 @given(STREAMS)
 def test_labels_are_the_models_own(sizes: tuple[int, int, int]) -> None:
     loader = PackedLoader(np.arange(sizes[0], dtype=np.uint16), *sizes[1:])
-    for batch in [next(loader.train()), *loader.once()]:
+    for batch in [next(loader.train(count())), *loader.once()]:
         assert batch.ids.dtype == batch.labels.dtype == torch.int64 and batch.valid.all() and batch.full
         assert (batch.labels[:, 0] == IGNORE).all() and torch.equal(batch.labels[:, 1:], batch.ids[:, 1:])
         hidden, target = supervised(batch.ids[..., None].float(), batch.labels)

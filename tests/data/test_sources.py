@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_every_layout_trains_the_same(layout: str, tmp_path: Path) -> None:
 
     def batches(source: Pictures, workers: int) -> list[Any]:
         options = {"max_tokens": 16, "template": None, "image_tokens": 2, "seed": 3, "workers": workers}
-        steps = Loader(source, TRANSFORM, tokens, 8, **options).train()
+        steps = Loader(source, TRANSFORM, tokens, 8, **options).train(count())
         return [next(steps) for _ in range(5)]
 
     for one, other in zip(

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from vlm import checkpoint
 from vlm.train.optim import Rule, assign, make_optimizer
+from vlm.world import World
+
+ALONE = World(torch.device("cpu"))
 
 
 class Net(nn.Module):
@@ -51,7 +54,8 @@ class Job:
         self.optimizer.step()
 
     def save(self, step: int, **more: Any) -> Path:
-        return checkpoint.save(self.run, step, self.net, self.stored, self.optimizer, **more)
+        checkpoint.save(self.run, step, self.net, self.stored, self.optimizer, ALONE, **more)
+        return self.run / f"step-{step:07d}"
 
     def load(self, folder: Path, averaged: bool = True) -> int:
         return checkpoint.load_weights(folder, self.net, {"vision"}, averaged)
@@ -147,7 +151,8 @@ def test_memory_is_laid_out_as_its_parameter(job: Job) -> None:
 
     net, optimizer = conv()
     step(net, optimizer, 0)
-    folder = checkpoint.save(job.run, 1, net, checkpoint.divide(net, ()), optimizer)
+    checkpoint.save(job.run, 1, net, checkpoint.divide(net, ()), optimizer, ALONE)
+    folder = job.run / "step-0000001"
     other, again = conv()
     checkpoint.load_weights(folder, other, ())
     checkpoint.load_optimizer(folder, other, again)

@@ -14,7 +14,7 @@ from vlm.data.batch import Batch
 from vlm.train import run as run_module
 from vlm.train.diagnose import explain
 from vlm.train.log import Log, read_metrics
-from vlm.train.loop import Plan, fit, one_step
+from vlm.train.loop import Plan, fit
 from vlm.train.run import train_run
 
 CAPTIONS = ("red", "a green square", "a blue square", "yellow")
@@ -26,8 +26,8 @@ def made(tmp_path: Path) -> Made:
 
 
 def explained(made: Made, *batches: Batch) -> str:
-    one_step(made.task, list(batches), made.optimizer, 1.0, torch.float32)
-    return explain(made.task, batches, 0, torch.float32)
+    made.step(list(batches), 1.0)
+    return explain(made.passes, batches, [0] * len(batches))
 
 
 def with_nan(batch: Batch, row: int) -> Batch:
@@ -72,7 +72,7 @@ def test_looking_leaves_no_trace(made: Made) -> None:
     batch = with_nan(made.batch(*CAPTIONS), 0)
     state = {name: tensor.clone() for name, tensor in made.task.state_dict().items()}
     random = torch.get_rng_state()
-    explain(made.task, [batch], 3, torch.float32)
+    explain(made.passes, [batch], [3])
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(state[name], tensor) for name, tensor in made.task.state_dict().items())
     assert not any(module._forward_hooks for module in made.model.modules())
@@ -83,7 +83,7 @@ def test_a_bad_step_is_said_counted_and_passed(made: Made, tmp_path: Path, capsy
     bad = with_nan(good, 1)
     with Log(tmp_path, 8, "train", 1, {}) as log:
         batches = chain([good, bad, bad, good, bad], repeat(good))
-        fit(made.task, batches, made.optimizer, Plan(8, max_bad_steps=3), log, torch.float32, lambda *given: None)
+        fit(made.passes, batches, made.optimizer, Plan(8, max_bad_steps=3), log, lambda *given: None)
     assert [r["train/bad_steps"] for r in read_metrics(tmp_path)] == [0, 1, 2, 2, 3, 3, 3, 3]
     said = " ".join(capsys.readouterr().err.split())
     for step, count in ((2, 1), (5, 3)):

@@ -11,7 +11,7 @@ import torch
 from tests.tiny import Made, tiny_run
 from vlm.nn.moe import MixtureOfExperts, Routing, softmax_router
 from vlm.train.experts import Health, Report, experts_of
-from vlm.train.loop import one_step
+from vlm.world import World
 
 MOE = ["model.language.ffn.kind=moe", "model.language.ffn.experts=4"]
 
@@ -20,13 +20,16 @@ def mixture() -> MixtureOfExperts:
     return MixtureOfExperts(4, 2, softmax_router(4, 4, 1, bias=True))
 
 
+ALONE = World(torch.device("cpu"))
+
+
 def routing(*load: float) -> Routing:
     return Routing(torch.zeros(()), torch.tensor(load), torch.tensor(0.5), torch.tensor(float(load[0] == 8)))
 
 
 def test_one_step_of_the_bias_for_all_passes_of_a_step() -> None:
     health = Health([moe := mixture()], 0.25)
-    health.step([[routing(9.0, 0, 0, 0)], [routing(0, 5.0, 0, 4.0)]])  # in all 9, 5, 0, 4, so 4.5 would be fair
+    health.step([[routing(9.0, 0, 0, 0)], [routing(0, 5.0, 0, 4.0)]], ALONE)  # in all 9, 5, 0, 4, so 4.5 would be fair
     assert moe.router.bias is not None
     assert moe.router.bias.tolist() == [-0.25, -0.25, 0.25, 0.25]
 
@@ -34,7 +37,7 @@ def test_one_step_of_the_bias_for_all_passes_of_a_step() -> None:
 def test_report_and_warning() -> None:
     health = Health([mixture(), mixture()])
     assert health.report() is None
-    health.step([[routing(1.0, 1, 1, 1), routing(8.0, 8, 0, 0)]])
+    health.step([[routing(1.0, 1, 1, 1), routing(8.0, 8, 0, 0)]], ALONE)
     report = health.report()
     assert isinstance(report, Report)
     values = report.values()
@@ -54,7 +57,7 @@ def test_training_moves_the_bias_and_tells_the_loss(tmp_path: Path) -> None:
     mixtures = experts_of(made.model)
     assert len(mixtures) == 1
     health = Health(mixtures, 0.01)
-    losses, _ = one_step(made.task, [made.batch("a red square")], made.optimizer, 1.0, torch.float32, health)
+    losses, _ = made.step([made.batch("a red square")], 1.0, health)
     assert losses["balance"] == pytest.approx(0.01, rel=0.2)  # a fresh router is nearly uniform: alpha
     bias = mixtures[0].router.bias
     assert bias is not None and 0 < float(bias.abs().max()) == pytest.approx(0.01)
@@ -66,10 +69,11 @@ import json, sys, torch
 from torch import distributed
 from tests.train.test_experts import mixture, routing
 from vlm.train.experts import Health
+from vlm.world import World
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 health = Health([moe := mixture()], 0.5)
-health.step([[routing(9.0, 0, 0, 0) if rank else routing(0, 0, 0, 27.0)]])
+health.step([[routing(9.0, 0, 0, 0) if rank else routing(0, 0, 0, 27.0)]], World(torch.device("cpu"), rank, 2))
 distributed.barrier()
 print(json.dumps(moe.router.bias.tolist()))
 distributed.destroy_process_group()

@@ -15,7 +15,6 @@ from vlm.nn import attention
 from vlm.nn.norm import RMSNorm
 from vlm.train.flops import flops_per_sample
 from vlm.train.log import read_metrics
-from vlm.train.loop import one_step
 from vlm.train.run import train_run
 
 CAPTIONS = ("red", "a green square", "a blue square", "yellow")
@@ -92,7 +91,7 @@ def test_counting_leaves_no_trace(tmp_path: Path) -> None:
     def step() -> tuple[dict[str, float], float]:
         torch.manual_seed(1)
         made.optimizer.param_groups[0]["lr"] = made.optimizer.param_groups[1]["lr"] = 0.0
-        return one_step(made.task.train(), [batch], made.optimizer, 1.0, torch.float32)
+        return made.step([batch], 1.0)
 
     before, random = step(), torch.get_rng_state()
     flops_per_sample(made.task, batch, torch.float32)

@@ -18,7 +18,7 @@ from tests.tiny import Made, tiny_run
 from vlm.data.batch import Batch
 from vlm.train.average import Average
 from vlm.train.log import Log, read_metrics
-from vlm.train.loop import Plan, fit, gradient_norm, one_step
+from vlm.train.loop import Plan, fit, gradient_norm
 from vlm.train.signals import Interrupted, catch_signals
 
 CAPTIONS = ("red", "a green square", "a blue square on white, a blue one", "yellow square")
@@ -62,7 +62,7 @@ def halves(batch: Batch) -> list[Batch]:
 def frozen_step(made: Made, group: list[Batch], clip: float | None = None) -> tuple[dict[str, float], float]:
     """A step at rate 0, so that it can be compared with another from the same weights."""
     made.optimizer.param_groups[0]["lr"] = made.optimizer.param_groups[1]["lr"] = 0.0
-    return one_step(made.task, group, made.optimizer, clip, torch.float32)
+    return made.step(group, clip)
 
 
 def test_two_halves_equal_one_batch(made: Made) -> None:
@@ -102,10 +102,10 @@ def spoil(batch: Batch) -> Batch:
 
 def test_a_step_without_a_finite_gradient_changes_nothing(made: Made) -> None:
     batch = made.batch(*CAPTIONS)
-    one_step(made.task, [batch], made.optimizer, 1.0, torch.float32)
+    made.step([batch], 1.0)
     before = weights(made)
     moments = {key: value.clone() for state in made.optimizer.state.values() for key, value in state.items()}
-    _, norm = one_step(made.task, [batch, spoil(batch)], made.optimizer, 1.0, torch.float32)
+    _, norm = made.step([batch, spoil(batch)], 1.0)
     assert not math.isfinite(norm)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(made).items())
     after = {key: value for state in made.optimizer.state.values() for key, value in state.items()}
@@ -123,12 +123,11 @@ def loop(
 ) -> None:
     with Log(folder, plan.steps, "train", 1, {}, start) as log:
         fit(
-            made.task,
+            made.passes,
             batches,
             made.optimizer,
             plan,
             log,
-            torch.float32,
             lambda step, lowest, best: save(step),
             start=start,
             **more,
@@ -146,12 +145,11 @@ def test_the_best_is_saved_when_it_comes(made: Made, tmp_path: Path) -> None:
     weight = sum(o.weight for o in made.task.objectives)
     with Log(tmp_path, 4, "train", 1, {}) as log:
         fit(
-            made.task,
+            made.passes,
             repeat(made.batch(*CAPTIONS)),
             made.optimizer,
             Plan(4, eval_every=1, keep_best=True),
             log,
-            torch.float32,
             lambda *given: saved.append(given),
             evaluate,
             best=2.5 * weight,

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from tests.tiny import LANGUAGE, Made, tiny_run
 from vlm.config.load import ConfigError
-from vlm.data.batch import Batch, positives
+from vlm.data.batch import Batch
+from vlm.data.marks import join, marks, unpack
 from vlm.train.loop import one_step
 from vlm.train.pool import pooled
-from vlm.train.task import Itc, Task, Views
+from vlm.train.task import Itc, Views
 
 CAPTIONS = ("a red square", "a green square", "a blue square on white", "yellow", "a red square", "black")
 
@@ -33,14 +34,14 @@ def whole(parts: Made) -> Batch:
     group = cut(parts)
     one = parts.batch(*CAPTIONS)
     images = torch.cat([batch.images for batch in group])
-    return Batch(**vars(one) | {"images": images, "positive": positives(group)})
+    return Batch(**vars(one) | {"images": images, "positive": marks(group).fit(marks(group))})
 
 
-def gradients(task: Task, group: list[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
+def gradients(parts: Made, group: list[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The losses of a step without a step, and all gradients."""
-    learning = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    losses, _ = one_step(task, group, torch.optim.SGD(learning, lr=0.0), None, torch.float32)
-    return losses, {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    learning = [parameter for parameter in parts.task.parameters() if parameter.requires_grad]
+    losses, _ = one_step(parts.passes, group, range(len(group)), torch.optim.SGD(learning, lr=0.0), None)
+    return losses, {name: p.grad.clone() for name, p in parts.task.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
@@ -55,15 +56,15 @@ def test_the_gradient_of_one_big_batch(tmp_path: Path, kind: str, overrides: lis
     for parameter in parts.model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    apart = gradients(parts.task, cut(parts))
+    apart = gradients(parts, cut(parts))
     parts.task.objectives[0].passes = 1  # type: ignore[attr-defined]
-    losses, expected = gradients(parts.task, [whole(parts)])
+    losses, expected = gradients(parts, [whole(parts)])
     assert apart[0] == pytest.approx(losses, abs=1e-6)
     assert apart[1].keys() == expected.keys()
     for name, gradient in expected.items():
         assert float((apart[1][name] - gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max())), name
     # What no pooling gives is something else.
-    alone, other = gradients(parts.task, cut(parts))
+    alone, other = gradients(parts, cut(parts))
     assert alone["itc"] < losses["itc"] - 0.1
     assert max(float((other[name] - g).abs().max()) for name, g in expected.items()) > 1e-3
 
@@ -73,23 +74,21 @@ def test_both_passes_draw_the_same_dropout(tmp_path: Path) -> None:
     parts = made(tmp_path, "qformer", *options)
     parts.task.train()
     group = cut(parts)
-    torch.manual_seed(7)
-    found = pooled(parts.task, group, torch.float32)
+    seeds = [7, 8, 9]
+    found = pooled(parts.passes, group, seeds)
     assert found is not None
-    head_alone = parts.model.contrast.log_scale.grad.clone()
     vectors = []
-    for batch, seed in zip(group, found.seeds, strict=True):
+    for batch, seed in zip(group, seeds, strict=True):
         torch.manual_seed(seed)
         views = Views(parts.model, batch)
         vectors.append((views.image, views.text))
     image, text = (torch.cat(part) for part in zip(*vectors, strict=True))
-    loss = Itc(passes=3).loss(parts.model.contrast(image, text), positives(group))
-    assert found.loss == pytest.approx(float(loss), abs=1e-6)
+    loss = Itc(passes=3).loss(parts.model.contrast(image, text), marks(group).fit(marks(group)))
+    assert found.loss() == pytest.approx(float(loss), abs=1e-6)
     leaves = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
     expected = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     parts.task.zero_grad()
-    parts.model.contrast.log_scale.grad = head_alone
-    for batch, seed, pull in zip(group, found.seeds, found.pulls, strict=True):
+    for batch, seed, pull in zip(group, seeds, found.pulls, strict=True):
         torch.manual_seed(seed)
         parts.task(batch, {"itc": 0.0, "itm": 0.0, "lm": 0.0}, pull).total.backward()
     for (name, parameter), gradient in zip(leaves.items(), expected, strict=True):
@@ -99,10 +98,18 @@ def test_both_passes_draw_the_same_dropout(tmp_path: Path) -> None:
 
 def test_texts_of_one_pass_fit_images_of_another(tmp_path: Path) -> None:
     group = cut(made(tmp_path, "clip", "losses.0.over=step"))
-    found = positives(group)
+    found = marks(group).fit(marks(group))
     # Ids count from 0 in each pass here, so the first pictures of all passes are the same thing, and so are the second.
     same = [[i % 2 == j % 2 or CAPTIONS[i] == CAPTIONS[j] for j in range(6)] for i in range(6)]
     assert found.tolist() == same
+
+
+def test_marks_travel_as_numbers(tmp_path: Path) -> None:
+    group = cut(made(tmp_path, "clip", "losses.0.over=step"))
+    apart = [marks([batch]) for batch in group]
+    assert [unpack(part.pack()) for part in apart] == apart
+    assert join(apart) == marks(group)
+    assert marks(group).fit(marks(group[1:2])).equal(marks(group).fit(marks(group))[:, 2:4])
 
 
 def test_chance_counts_all_passes(tmp_path: Path) -> None:
@@ -118,4 +125,4 @@ def test_one_pass_is_refused(tmp_path: Path) -> None:
 
 def test_without_it_nothing_is_pooled(tmp_path: Path) -> None:
     parts = made(tmp_path, "decoder", f"model.language.dim={LANGUAGE['dim']}")
-    assert pooled(parts.task, cut(parts), torch.float32) is None
+    assert pooled(parts.passes, cut(parts), [0, 1, 2]) is None

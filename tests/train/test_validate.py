@@ -68,15 +68,15 @@ def test_a_connector_that_passes_nothing_is_noticed(
 def test_nothing_to_exchange(tmp_path: Path) -> None:
     """No gap of a batch of one, nor of a run that writes no text."""
     alone = Made(tiny_run(tmp_path, "decoder"))
-    assert set(validate(alone.task, lambda: iter([alone.batch("red")]), torch.float32)) == {"val/loss_lm"}
+    assert set(validate(alone.passes, lambda *_: iter([alone.batch("red")]))) == {"val/loss_lm"}
     pairs = Made(tiny_run(tmp_path, "clip"))
-    assert set(validate(pairs.task, lambda: iter([pairs.batch("a", "b")]), torch.float32)) == {"val/loss_itc"}
+    assert set(validate(pairs.passes, lambda *_: iter([pairs.batch("a", "b")]))) == {"val/loss_itc"}
 
 
 def test_the_gap_is_a_difference_of_losses(tmp_path: Path) -> None:
     made = Made(tiny_run(tmp_path, "decoder"))
     batch = made.batch("red", "green", "blue")
-    found = validate(made.task, lambda: iter([batch]), torch.float32)
+    found = validate(made.passes, lambda *_: iter([batch]))
     with torch.no_grad():
         made.task.eval()
         images = batch.pixels[derangement(3, 0)]

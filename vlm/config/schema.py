@@ -262,6 +262,13 @@ class Train(Section):
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, used from then on")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is faster")
+    parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
+        "ddp",
+        description="several processes: the model in each; divided among all; among those of a machine",
+    )
+    activation_checkpointing: bool = Field(False, description="less memory for one more forward pass of what learns")
+    compile: bool = Field(False, description="torch.compile, block by block")
+    timeout: Positive = Field(600, description="seconds after which a process that does not answer is given up")
     seed: int = 0
     log_every: Positive = 20
     eval_every: Positive | None = None

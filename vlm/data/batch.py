@@ -4,7 +4,7 @@ Letters: B images, M texts, T tokens, H height, W width.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
@@ -128,32 +128,25 @@ def collate(
         strings=strings,
         captions=captions,
         prompts=prompts,
-        positive=_positive(ids, known, owner, strings),
+        positive=positives(ids, known, [ids[index] for index in owner], strings),
         known=known,
     )
 
 
-def positives(batches: Sequence[Batch]) -> Bool[Tensor, "B M"]:
-    """Which of all the texts describes which of all the images of several batches."""
-    starts = np.cumsum([0] + [len(batch.image_ids) for batch in batches]).tolist()
-    owner = [start + row for start, batch in zip(starts, batches, strict=False) for row in batch.owner.tolist()]
-    ids, known, strings = (
-        list(chain.from_iterable(parts))
-        for parts in zip(*((batch.image_ids, batch.known, batch.strings) for batch in batches), strict=True)
-    )
-    return _positive(ids, known, owner, strings)
-
-
-def _positive(
-    image_ids: Sequence[str], known: Sequence[frozenset[str]], owner: Sequence[int], strings: Sequence[str]
+def positives(
+    image_ids: Sequence[Hashable],
+    known: Sequence[Collection[Hashable]],
+    owners: Sequence[Hashable],
+    texts: Sequence[Hashable],
 ) -> Bool[Tensor, "B M"]:
-    numbers: dict[str, int] = {}
-    ids = torch.tensor([numbers.setdefault(name, len(numbers)) for name in image_ids])
-    positive = ids[:, None] == ids[torch.tensor(owner)]
-    columns: dict[str, list[int]] = defaultdict(list)
-    for column, text in enumerate(strings):
-        columns[text].append(column)
-    pairs = [(row, column) for row, texts in enumerate(known) for text in texts for column in columns.get(text, ())]
-    rows, hits = torch.tensor(pairs).unbind(1)
-    positive[rows, hits] = True
+    """Which text describes which image. `known`: all captions of each image; `owners`: the id of each text's image."""
+    numbers: dict[Hashable, int] = {}
+    rows, columns = (torch.tensor([numbers.setdefault(x, len(numbers)) for x in ids]) for ids in (image_ids, owners))
+    positive = rows[:, None] == columns
+    places: dict[Hashable, list[int]] = defaultdict(list)
+    for place, text in enumerate(texts):
+        places[text].append(place)
+    pairs = [(row, place) for row, mine in enumerate(known) for text in mine for place in places.get(text, ())]
+    if pairs:
+        positive[tuple(torch.tensor(pairs).T)] = True
     return positive

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -116,24 +116,27 @@ class Loader:
         self._cache: dict[int, Sample] = {}
         self._room = cache_mb * 2**20 // max(1, workers)
 
-    def train(self, start: int = 0) -> Iterator[Batch]:
-        """Finished batches of the steps `start`, `start` + 1, … without end, augmented by draws of (seed, step)."""
+    def train(self, numbers: Iterable[int]) -> Iterator[Batch]:
+        """Finished batches by their numbers in the stream, augmented by draws of (seed, number)."""
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size={self.batch_size} exceeds the {len(self.shards)} usable samples; make it smaller"
             )
-        return self._batches(self._train_step, _Count(start, None))
+        return self._batches(self._train_step, numbers)
 
-    def once(self) -> Iterator[Batch]:
-        """Every usable sample once, in the order of the shards, not augmented; the last batch may be short."""
+    def once(self, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Every usable sample once, in the order of the shards, not augmented; the last batch may be short.
+
+        Of `ranks` that go through them together, number `rank` gets every so-manieth batch, maybe none.
+        """
         usable = False
-        for batch in self._batches(self._once_step, _Count(0, -(-len(self.shards) // self.batch_size))):
+        for batch in self._batches(self._once_step, range(rank, -(-len(self.shards) // self.batch_size), ranks)):
             usable = True
             yield batch
-        if not usable:
+        if not usable and ranks == 1:
             raise ValueError(f"{self.shards.files[0]}: no sample is usable: {dict(self.bad)}")
 
-    def _batches(self, work: Callable[[int], _Work], steps: "_Count") -> Iterator[Batch]:
+    def _batches(self, work: Callable[[int], _Work], steps: Iterable[int]) -> Iterator[Batch]:
         done: Iterator[_Work] = map(work, steps)
         if self.workers:
             # Forked after a tokenizer was trained, its threads would make the library warn at every start.
@@ -224,19 +227,6 @@ class Loader:
             self._room -= size
             self._cache[index] = sample
         return sample
-
-
-class _Count:
-    """The numbers from `start` on, up to `stop` or without end."""
-
-    def __init__(self, start: int, stop: int | None) -> None:
-        self._start, self._stop = start, stop
-
-    def __iter__(self) -> Iterator[int]:
-        step = self._start
-        while self._stop is None or step < self._stop:
-            yield step
-            step += 1
 
 
 def in_order(items: Dataset[T], count: int, workers: int) -> Iterator[T]:

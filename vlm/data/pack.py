@@ -93,18 +93,18 @@ class PackedLoader:
         self.ids, self.length, self.batch_size, self.seed = ids, length, batch_size, seed
         self.steps_per_epoch = -(-self.blocks // batch_size)
 
-    def train(self, start: int = 0) -> Iterator[Text]:
-        """Batches of the steps `start`, `start` + 1, … without end.
+    def train(self, numbers: Iterable[int]) -> Iterator[Text]:
+        """Batches by their numbers in a stream without end.
 
         Every epoch goes through all blocks in a new order; a batch may hold the end of one and the start of the next.
         """
-        for step in itertools.count(start):
+        for step in numbers:
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
             yield self._batch([self._draw(*divmod(place, self.blocks)) for place in places])
 
-    def once(self) -> Iterator[Text]:
-        """Every block once, in the order of the text; the last batch may have fewer."""
-        for first in range(0, self.blocks, self.batch_size):
+    def once(self, rank: int = 0, ranks: int = 1) -> Iterator[Text]:
+        """Every block once, in the order of the text; the last batch may have fewer. `rank`, `ranks`: see `Loader`."""
+        for first in range(rank * self.batch_size, self.blocks, ranks * self.batch_size):
             yield self._batch(range(first, min(first + self.batch_size, self.blocks)))
 
     def _draw(self, epoch: int, place: int) -> int:

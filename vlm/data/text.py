@@ -85,6 +85,16 @@ class Tokenizer:
         # The library aborts where a decoder strips what is already empty.
         return self.inner.decode(kept, skip_special_tokens=False) if kept else ""
 
+    def to_text(self) -> str:
+        """All of it, for `from_text`: how processes of one run give it to each other."""
+        return json.dumps([self.inner.to_str(), self.bos, self.eos, self.pad, self.dec])
+
+    @staticmethod
+    def from_text(text: str) -> "Tokenizer":
+        """The tokenizer that `to_text` was asked of."""
+        inner, *control = json.loads(text)
+        return Tokenizer(tokenizers.Tokenizer.from_str(inner), *control)
+
     def save(self, path: Path) -> None:
         """Write the file `path` (a tokenizer.json), from which `load_tokenizer` gives an equal tokenizer."""
         copy = tokenizers.Tokenizer.from_str(self.inner.to_str())

@@ -15,6 +15,13 @@ def similarity(image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"]) -> Flo
     return (image.flatten(0, 1) @ text.T).view(batch, queries, -1).amax(1)
 
 
+def contrast_logits(
+    image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"], log_scale: Float[Tensor, "1"]
+) -> Float[Tensor, "B M"]:
+    """Similarities of unit vectors divided by the temperature."""
+    return similarity(image, text) * inverse_temperature(log_scale)
+
+
 def contrastive(
     logits: Float[Tensor, "B M"], positive: Bool[Tensor, "B M"], label_smoothing: float = 0.0
 ) -> Float[Tensor, ""]:
@@ -24,12 +31,11 @@ def contrastive(
     BLIP-2's (Li et al. 2023, arXiv 2301.12597). `logits` are similarities divided by the temperature.
     Every image and every text must have a positive.
     """
-    return (
-        _cross_entropy(logits, positive, label_smoothing) + _cross_entropy(logits.T, positive.T, label_smoothing)
-    ) / 2
+    return (one_way(logits, positive, label_smoothing) + one_way(logits.T, positive.T, label_smoothing)) / 2
 
 
-def _cross_entropy(logits: Tensor, positive: Tensor, smoothing: float) -> Tensor:
+def one_way(logits: Float[Tensor, "R C"], positive: Bool[Tensor, "R C"], smoothing: float = 0.0) -> Float[Tensor, ""]:
+    """Mean cross-entropy of rows that choose among columns: one direction of the loss."""
     log_probability = logits.float().log_softmax(1)
     target = positive.float() / positive.sum(1, keepdim=True)
     hit = -(target * log_probability).sum(1)
@@ -41,6 +47,6 @@ def chance(images: int, texts: int) -> float:
     return (math.log(texts) + math.log(images)) / 2
 
 
-def inverse_temperature(log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def inverse_temperature(log_scale: Float[Tensor, "1"]) -> Float[Tensor, "1"]:
     """The inverse temperature, kept at 100 or less as CLIP does."""
     return log_scale.clamp(max=math.log(100)).exp()

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from vlm.loss.contrastive import inverse_temperature, similarity
+from vlm.loss.contrastive import contrast_logits
 
 
 class ContrastiveHead(nn.Module):
@@ -21,7 +21,7 @@ class ContrastiveHead(nn.Module):
         super().__init__()
         self.image = nn.Linear(image_dim, dim, bias=bias)
         self.text = nn.Linear(text_dim, dim, bias=bias)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))  # FSDP shards no scalars
         self.dim = dim
 
     def embed_image(self, image: Float[Tensor, "B Q C"]) -> Float[Tensor, "B Q E"]:
@@ -34,7 +34,7 @@ class ContrastiveHead(nn.Module):
 
     def forward(self, image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"]) -> Float[Tensor, "B M"]:
         """Similarities of unit vectors divided by the temperature."""
-        return similarity(image, text) * inverse_temperature(self.log_scale)
+        return contrast_logits(image, text, self.log_scale)
 
 
 class MatchingHead(nn.Module):

@@ -49,6 +49,13 @@ class ImageEncoder(nn.Module):
         super().train(mode and not self.frozen)
         return self
 
+    def recompute(self) -> None:
+        """Activation checkpointing, by the backbone's own means. ValueError for one that has none."""
+        for part in self.backbone.children():
+            if not callable(switch := getattr(part, "set_grad_checkpointing", None)):
+                raise ValueError(f"train.activation_checkpointing: {type(part).__name__} has no means for it")
+            switch(True)
+
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
         """Image tokens in fp32 (in autocast's dtype while that is on)."""
         # The layout in which convolutions are fastest; other arithmetic does not mind.

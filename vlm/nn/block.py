@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm.nn.attention import CrossAttention, ImageKeyValue
 from vlm.nn.context import Context
@@ -143,6 +144,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity() if norm is None else norm
         self.rotary, self.decay = rotary, decay
+        self.recompute = False  # activation checkpointing: blocks run again in the backward pass
         self.masked = not all(isinstance(block.mixer, Retention) for block in blocks)
 
     def look(self, image: Float[Tensor, "B N C"]) -> ImageMemory:
@@ -158,7 +160,9 @@ class Stack(nn.Module):
         x, layers, routings = tokens.x, [], []
         for i, block in enumerate(self.blocks):
             memory = None if image is None else image.blocks[i]
-            x, present, done = block(x, context, memory, None if state is None else state.layers[i])
+            given = (x, context, memory, None if state is None else state.layers[i])
+            kept = not self.recompute or not torch.is_grad_enabled()
+            x, present, done = block(*given) if kept else checkpoint(block, *given, use_reentrant=False)
             layers.append(present)
             routings += done
         return Output(call(self.norm, x, tokens), self._after(tuple(layers), tokens, state), tuple(routings))

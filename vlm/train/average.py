@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vlm import sharded
 from vlm.model.weights.files import read
 
 
@@ -31,7 +32,7 @@ class Average:
         if set(given) != set(self.tensors):
             raise ValueError(f"{path} averages other weights than those that learn now: compare train.params")
         for name, tensor in self.tensors.items():
-            tensor.copy_(given[name])
+            tensor.copy_(sharded.like(given[name].to(tensor.device), tensor))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -7,62 +7,66 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlm.data.batch import Batch
 from vlm.nn.backend import autocast, fast_float32
-from vlm.train.task import Task
+from vlm.train.aside import aside
+from vlm.train.parallel import Passes
 
 SHOWN = 8  # sample keys in a message
 
 
-def explain(task: Task, group: Sequence[Batch], seed: int, precision: torch.dtype) -> str:
+def explain(passes: Passes, group: Sequence[Batch], seeds: Sequence[int]) -> str:
     """The first module (in order of the pass) whose output is not finite, or what else is not, and the samples.
 
-    For a step that is skipped: its gradients go, weights, buffers and random numbers stay. `seed`: of the step.
+    For a step that is skipped: its gradients go, weights, buffers and random numbers stay. All processes look at their
+    own `group` and get the same answer.
     """
-    with aside(task), fast_float32():
-        torch.manual_seed(seed)
+    with aside(passes.task), fast_float32():
         with torch.no_grad():
-            faults = [fault for batch in group if (fault := _forward_fault(task, batch, precision))]
-        if faults:
-            return faults[0]
-        torch.manual_seed(seed)
-        task.zero_grad(set_to_none=True)
-        for batch in group:
-            with autocast(batch.owner.device, precision):
-                total = task(batch).total
-            total.backward()
-            bad = [n for n, p in task.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            if bad:
-                return f"the losses are finite, but the gradient of {bad[-1]} is not{_samples(batch, [])}"
-    return "every gradient is finite, but too large for their norm to be"
+            faults = [_forward_fault(passes, batch, seed) for batch, seed in zip(group, seeds, strict=True)]
+        if found := _first(passes, faults):
+            return found
+        faults = [_backward_fault(passes, batch, seed) for batch, seed in zip(group, seeds, strict=True)]
+        return _first(passes, faults) or "every gradient is finite, but too large for their norm to be"
 
 
-def _forward_fault(task: Task, batch: Batch, precision: torch.dtype) -> str:
+def _first(passes: Passes, faults: Sequence[str]) -> str:
+    return next(filter(None, passes.world.texts(next(filter(None, faults), ""))), "")
+
+
+def _backward_fault(passes: Passes, batch: Batch, seed: int) -> str:
+    task = passes.task
+    torch.manual_seed(seed)
+    task.zero_grad(set_to_none=True)
+    with autocast(batch.owner.device, passes.precision):
+        total = task(batch).total
+    total.backward()
+    # Shards of weights have their gradients of all processes together, whose samples are not told apart here.
+    samples = "" if passes.sharded else _samples(batch, [])
+    bad = [name for name, p in task.model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    return f"the losses are finite, but the gradient of {bad[-1]} is not{samples}" if bad else ""
+
+
+def _finite(gradient: Tensor) -> bool:
+    own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return bool(own.isfinite().all())
+
+
+def _forward_fault(passes: Passes, batch: Batch, seed: int) -> str:
+    task = passes.task
+    torch.manual_seed(seed)
+    with _watched(task.model) as found, autocast(batch.owner.device, passes.precision):
+        losses = task(batch).each  # whatever the pixels are: over sharded weights all processes make this pass together
     if batch.images is not None and (rows := _bad_rows(batch.images)):
         return f"the pixels are not finite{_samples(batch, rows)}"
-    with _watched(task.model) as found, autocast(batch.owner.device, precision):
-        losses = task(batch).each
     if found:
         name, output = found[0]
         rows = _bad_rows(output) if output.ndim > 1 and len(output) == len(batch.keys) else []
         return f"{name} is the first module whose output is not finite{_samples(batch, rows)}"
     bad = [name for name, loss in losses.items() if not loss.isfinite()]
     return f"the {bad[0]} loss is not finite{_samples(batch, [])}" if bad else ""
-
-
-@contextmanager
-def aside(task: nn.Module) -> Iterator[None]:
-    """A pass inside leaves no trace in random numbers and buffers (such as running means)."""
-    buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
-    devices = sorted({p.device.index for p in task.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 @contextmanager

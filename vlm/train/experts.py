@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from vlm.nn.moe import MixtureOfExperts, Routing, update_bias
+from vlm.world import World
 
 STARVED = 0.1  # of its fair share of tokens: an expert below it counts as unused
 
@@ -26,23 +27,20 @@ class Health:
         self._loads = self._entropy = self._dropped = torch.zeros(())
         self._passes = 0
 
-    def step(self, passes: Sequence[Sequence[Routing]]) -> None:
+    def step(self, passes: Sequence[Sequence[Routing]], world: World) -> None:
         """After an optimizer step: moves the biases by the loads of all its passes and processes, and keeps count."""
         if not self.mixtures:
             return
-        loads = torch.stack([torch.stack([routing.load for routing in routings]) for routings in passes]).sum(0)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(loads)
+        loads = world.add(torch.stack([torch.stack([r.load for r in routings]) for routings in passes]).sum(0))
         if self.bias_rate is not None:
             for mixture, load in zip(self.mixtures, loads, strict=True):
                 update_bias(mixture.router, load, self.bias_rate)
-        entropies = [torch.stack([routing.entropy for routing in routings]) for routings in passes]
+        entropy = torch.stack([torch.stack([r.entropy for r in routings]) for routings in passes]).sum(0)
+        dropped = torch.stack([r.dropped for routings in passes for r in routings]).sum()
         self._loads = self._loads.to(loads.device) + loads
-        self._entropy = self._entropy.to(loads.device) + torch.stack(entropies).sum(0)
-        self._dropped = (
-            self._dropped.to(loads.device) + torch.stack([r.dropped for routings in passes for r in routings]).sum()
-        )
-        self._passes += len(passes)
+        self._entropy = self._entropy.to(loads.device) + world.add(entropy)
+        self._dropped = self._dropped.to(loads.device) + world.add(dropped)
+        self._passes += len(passes) * world.size
 
     def pending(self) -> dict[str, Any]:
         """What the next report will tell of steps that are done, as JSON can hold it."""

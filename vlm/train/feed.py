@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import assert_never
 
@@ -36,15 +36,19 @@ class Feed(Protocol):
         ...
 
     def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple["Train", Once | None]:
-        """Training batches from a micro-step on, and the validation data once."""
+        """Training batches by number, and the validation data once."""
+        ...
+
+    def left_out(self) -> Counter[str]:
+        """Unusable samples that were known when the data was opened, by reason."""
         ...
 
     def bad(self) -> Counter[str]:
-        """Unusable samples met so far, by reason."""
+        """Unusable samples that this process has met since, by reason."""
         ...
 
 
-Train = Callable[[int], Iterator[Batch]]
+Train = Callable[[Iterable[int]], Iterator[Batch]]  # batches by their numbers in the stream
 
 
 def feed(run: schema.Run) -> Feed:
@@ -83,9 +87,13 @@ class PairFeed:
             once = build.evaluation_loader(self._run, val, build.transform(self._run, model, val), *wanted).once
         return self._loader.train, once
 
+    def left_out(self) -> Counter[str]:
+        """By the index of the shards."""
+        return self._shards.bad
+
     def bad(self) -> Counter[str]:
-        """Of the shards' index and of the loader."""
-        return self._shards.bad + (Counter() if self._loader is None else self._loader.bad)
+        """By the loader."""
+        return Counter() if self._loader is None else self._loader.bad
 
 
 def _opened(data: schema.PairData, spec: str | list[str]) -> Pictures:
@@ -118,9 +126,13 @@ class TextFeed:
             once = partial(_as_batches, val.once)
         return partial(_as_batches, train.train), once
 
-    def bad(self) -> Counter[str]:
+    def left_out(self) -> Counter[str]:
         """Of the training documents."""
         return self._documents.bad
+
+    def bad(self) -> Counter[str]:
+        """None: packed ids can all be used."""
+        return Counter()
 
     def _source(self, spec: str | list[str]) -> Documents:
         return Documents(spec, self._data.field, self._data.max_bad_fraction)
@@ -130,8 +142,8 @@ class TextFeed:
         return PackedLoader(ids, self._data.length, self._run.train.batch_size, self._run.train.seed)
 
 
-def _as_batches(texts: Callable[..., Iterator[Text]], *start: int) -> Iterator[Batch]:
-    return map(Batch.of_text, texts(*start))
+def _as_batches(texts: Callable[..., Iterator[Text]], *wanted: Any) -> Iterator[Batch]:
+    return map(Batch.of_text, texts(*wanted))
 
 
 def begun(batches: Iterator[Batch]) -> Iterator[Batch]:

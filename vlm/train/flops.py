@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vlm.data.batch import Batch
 from vlm.nn.backend import autocast, fast_float32
-from vlm.train.diagnose import aside
+from vlm.train.aside import aside
 from vlm.train.experts import experts_of
 from vlm.train.task import Task
 

@@ -16,7 +16,7 @@ from vlm.train.log import BOARD, METRICS
 
 Resume = bool | Literal["auto"]
 
-# Settings that cannot change what a step computes, so a run may go on with others.
+# Settings that cannot change what a step computes (but for rounding), so a run may go on with others.
 FREE = (
     "data.workers",
     "data.cache_mb",
@@ -25,6 +25,9 @@ FREE = (
     "train.keep",
     "train.max_bad_steps",
     "train.report_to",
+    "train.parallel",
+    "train.activation_checkpointing",
+    "train.timeout",
 )
 
 

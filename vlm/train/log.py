@@ -215,6 +215,30 @@ class Log:
                     self._board.add_scalar(name, value, done)
 
 
+class Quiet:
+    """The log of a process that leaves telling to another."""
+
+    def __enter__(self) -> "Quiet":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def pending(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def step(self, done: int, *told: Any) -> None:
+        """Tells nothing."""
+
+    def event(self, done: int, values: Mapping[str, float]) -> None:
+        """Tells nothing."""
+
+    def say(self, text: str) -> None:
+        """Tells nothing."""
+
+
 def _beside_chance(name: str, value: float, level: float | None) -> str:
     return f"{name} {value:.3f}" + ("" if level is None else f" (chance {level:.3f})")
 

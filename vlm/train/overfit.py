@@ -7,12 +7,14 @@ from pathlib import Path
 from vlm import build
 from vlm.config import schema
 from vlm.config.load import load
+from vlm.nn.backend import best_device
 from vlm.restore import relative_init
 from vlm.train.feed import feed
 from vlm.train.log import note
 from vlm.train.loop import one_step
 from vlm.train.optim import rate, set_rate
 from vlm.train.run import Job
+from vlm.world import World, started
 
 ENOUGH = 0.5  # of the loss that guessing has
 
@@ -23,11 +25,14 @@ def overfit(config: Path, overrides: Sequence[str], out: Path, count: int) -> bo
     No augmentation; stops as soon as it is enough; leaves nothing behind. `out`: where `model.init` is told from.
     Errors: as of `train`; fewer samples than `count`.
     """
+    if started() > 1:
+        raise ValueError("--overfit: one process does it; leave torchrun away")
     given = load(schema.Run, config, overrides)
     run = relative_init(_few(given, count), out)
     data = feed(run)
     with tempfile.TemporaryDirectory() as scratch:
-        job = Job(run, out, data, build.tokenizer(run.tokenizer, data.captions()), False, Path(scratch))
+        tokenizer = build.tokenizer(run.tokenizer, data.captions())
+        job = Job(run, out, data, tokenizer, False, World(best_device()), Path(scratch))
         learned, text = _learn(job)
     print(f"overfit: {text}")
     return learned
@@ -41,9 +46,9 @@ def _few(run: schema.Run, count: int) -> schema.Run:
 
 
 def _learn(job: Job) -> tuple[bool, str]:
-    settings, task = job.run.train, job.task
+    settings, task = job.run.train, job.passes.task
     assert job.once is not None
-    batch = next(iter(job.once())).to(job.device)
+    batch = next(job.once(0, 1)).to(job.world.device)
     chance = {o.name: o.chance(batch.size, len(batch.owner)) for o in task.objectives}
     weight = {o.name: o.weight for o in task.objectives}
     enough = ENOUGH * sum(weight[name] * value for name, value in chance.items())
@@ -51,7 +56,7 @@ def _learn(job: Job) -> tuple[bool, str]:
     said = ""
     for step in range(settings.steps):
         set_rate(job.optimizer, rate(step, settings.steps, settings.warmup, 1.0))
-        losses, _ = one_step(task, [batch], job.optimizer, settings.clip, job.precision, job.health)
+        losses, _ = one_step(job.passes, [batch], [step], job.optimizer, settings.clip, job.health)
         told = "  ".join(f"{name} {losses[name]:.3f} (chance {value:.3f})" for name, value in chance.items())
         said = f"{batch.size} samples, step {step + 1}/{settings.steps}  {told}"
         if sum(weight[name] * losses[name] for name in chance) < enough:

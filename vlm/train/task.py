@@ -4,7 +4,7 @@ Letters: B images, M texts, P pairs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -23,18 +23,31 @@ BALANCE = "balance"  # the losses that keep experts equally used
 
 
 class Pull(NamedTuple):
-    """Slopes of a loss that is made elsewhere, for the vectors of one batch (`vlm.train.pool`)."""
+    """Slopes of a loss over more than one batch, for the vectors of this one and the temperature (`vlm.train.pool`)."""
 
     image: Float[Tensor, "B Q E"]
     text: Float[Tensor, "M E"]
+    log_scale: Float[Tensor, "1"]
+
+
+class Vectors(NamedTuple):
+    """What a contrastive loss is made of, without gradients."""
+
+    image: Float[Tensor, "B Q E"]
+    text: Float[Tensor, "M E"]
+    log_scale: Float[Tensor, "1"]
+
+
+Pulling = Pull | Callable[[Vectors], Pull]  # known slopes, or how they follow from the vectors
 
 
 class Views:
     """What a batch looks like to the model; each view is computed when first asked for, and once."""
 
-    def __init__(self, model: VisionLanguageModel, batch: Batch, pull: Pull | None = None) -> None:
-        """`batch` is on the model's device; `pull`: the contrastive loss is made over more than this batch."""
-        self.model, self.batch, self.pull = model, batch, pull
+    def __init__(self, model: VisionLanguageModel, batch: Batch) -> None:
+        """`batch` is on the model's device."""
+        self.model, self.batch = model, batch
+        self.pull: Pull | None = None  # where the contrastive loss is made over more than this batch
         self.routings: list[Routing] = []  # of the mixtures of experts that were passed
 
     @cached_property
@@ -57,6 +70,11 @@ class Views:
     def text(self) -> Float[Tensor, "M E"]:
         """Unit vectors of the texts."""
         return self.model.embed_text(self.batch.captions)
+
+    def vectors(self) -> Vectors:
+        """For a contrastive loss over several batches."""
+        scale = need(self.model.contrast, "contrastive head").log_scale
+        return Vectors(self.image.detach(), self.text.detach(), scale.detach())
 
 
 @runtime_checkable
@@ -103,9 +121,10 @@ class Itc:
 
     def __call__(self, views: Views) -> Float[Tensor, ""]:
         """Mean of both directions; where slopes are given, what has them as its gradient."""
-        if views.pull is not None:
-            pulled: Tensor = (views.image * views.pull.image).sum() + (views.text * views.pull.text).sum()
-            return pulled
+        if (pull := views.pull) is not None:
+            scale = need(views.model.contrast, "contrastive head").log_scale
+            parts = (views.image * pull.image).sum(), (views.text * pull.text).sum(), (scale * pull.log_scale).sum()
+            return torch.stack(parts).sum()
         return self.loss(views.logits, views.batch.positive)
 
     def loss(self, logits: Float[Tensor, "B M"], positive: Bool[Tensor, "B M"]) -> Float[Tensor, ""]:
@@ -204,14 +223,15 @@ class Task(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: Batch, shares: dict[str, float] | None = None, pull: Pull | None = None) -> Losses:
+    def forward(self, batch: Batch, shares: dict[str, float] | None = None, pull: Pulling | None = None) -> Losses:
         """`shares`: of each objective, what part of the step this micro-batch is (1 unless given).
 
         `pull`: slopes of a contrastive loss over the whole step, which then stands in the total without its weight.
         """
-        views = Views(self.model, batch, pull)
+        views = Views(self.model, batch)
         if pull is not None:  # the vectors first, as when the slopes were found, so that dropout draws the same numbers
-            _ = views.image, views.text
+            vectors = views.vectors()
+            views.pull = pull(vectors) if callable(pull) else pull
         each = {objective.name: objective(views) for objective in self.objectives}
         weights = {o.name: o.weight * (1.0 if shares is None else shares[o.name]) for o in self.objectives}
         if pull is not None:
@@ -221,3 +241,12 @@ class Task(nn.Module):
             weights[BALANCE] = 1.0 if shares is None else shares[Lm.name]
         total = torch.stack([weights[name] * loss for name, loss in each.items()]).sum()
         return Losses(total, {name: loss.detach() for name, loss in each.items()}, tuple(views.routings))
+
+    @torch.no_grad()
+    def vectors(self, batch: Batch) -> Vectors:
+        """Of a batch, by the draws that `forward` makes with a `pull`."""
+        return Views(self.model, batch).vectors()
+
+    def alone(self, objective: Objective, batch: Batch) -> Tensor:
+        """One objective's loss."""
+        return objective(Views(self.model, batch))

@@ -1,6 +1,5 @@
 """Validation: the mean losses over a data set, and whether the text is written from the picture at all."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -9,46 +8,64 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.nn.backend import autocast, fast_float32
-from vlm.train.task import Lm, Task, Views
+from vlm.train.parallel import Passes
+from vlm.train.task import Lm, Task
+from vlm.world import World
 
-Once = Callable[[], Iterator[Batch]]  # the validation data, from its beginning
+Once = Callable[[int, int], Iterator[Batch]]  # the validation data: the batches of one of so many processes
 GAP = "val/vision_gap"
 GAP_BATCHES = 16  # enough to tell a gap from none
 
 
-def validate(task: Task, once: Once, precision: torch.dtype) -> dict[str, float]:
+def validate(passes: Passes, once: Once) -> dict[str, float]:
     """Mean losses over a data set, each sample once; for texts written to pictures, the vision gap too.
 
     The vision gap is the LM loss with the pictures of a batch exchanged, minus that with the true ones: nats that a
     token costs more when the picture is wrong. Zero: the model writes without looking.
     """
-    device = next(task.parameters()).device
-    sums: dict[str, float] = defaultdict(float)
-    shares: dict[str, float] = defaultdict(float)
+    task, world = passes.task, passes.world
     writer = next((o for o in task.objectives if isinstance(o, Lm)), None)
+    names = [f"val/loss_{o.name}" for o in task.objectives] + ([] if writer is None else [GAP])
+    sums, shares = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     task.eval()
-    torch.manual_seed(0)
     with torch.no_grad(), fast_float32():
-        for i, batch in enumerate(once()):
-            batch = batch.to(device)
-            with autocast(device, precision):
+        for number, batch, counts in _together(once, world):
+            batch = batch.to(world.device)
+            torch.manual_seed(number)  # hard negatives
+            with autocast(world.device, passes.precision):
                 losses = task(batch).each
-                wrong = _exchanged_loss(task, writer, batch, i) if writer is not None and i < GAP_BATCHES else None
+                wrong = _exchanged_loss(task, writer, batch, number) if number < GAP_BATCHES else None
             found = {f"val/loss_{o.name}": (losses[o.name], o.share(batch)) for o in task.objectives}
             if wrong is not None and writer is not None:
                 found[GAP] = (wrong - losses[writer.name], writer.share(batch))
             for name, (value, share) in found.items():
-                sums[name] += share * float(value)
-                shares[name] += share
-    return {name: total / max(1.0, shares[name]) for name, total in sums.items()}
+                sums[name] += counts * share * float(value)
+                shares[name] += counts * share
+    totals, weights = world.sum(list(sums.values())), world.sum(list(shares.values()))
+    return {n: total / max(1.0, w) for n, total, w in zip(names, totals, weights, strict=True) if w or n != GAP}
 
 
-def _exchanged_loss(task: Task, writer: Lm, batch: Batch, seed: int) -> Tensor | None:
+def _together(once: Once, world: World) -> Iterator[tuple[int, Batch, bool]]:
+    """Number, batch, and whether it counts.
+
+    All processes make equally many passes: one that has no batch left repeats one, which does not count.
+    """
+    own = enumerate(once(world.rank, world.size))
+    spare: Batch | None = None
+    while True:
+        turn, batch = next(own, (0, None))
+        if not world.most(int(batch is not None)):
+            return
+        spare = batch or spare or next(once(0, 1))
+        yield turn * world.size + world.rank, spare, batch is not None
+
+
+def _exchanged_loss(task: Task, writer: Lm | None, batch: Batch, seed: int) -> Tensor | None:
     """None where no picture can be exchanged: text alone, or a batch of one."""
-    if batch.images is None or batch.size < 2:
+    if writer is None or batch.images is None or batch.size < 2:
         return None
     index = derangement(batch.size, seed)
-    loss: Tensor = writer(Views(task.model, replace(batch, images=batch.images[index])))
+    loss: Tensor = task.alone(writer, replace(batch, images=batch.images[index]))
     return loss
 
 

@@ -30,7 +30,7 @@ def open_clip_table() -> Table:
         Row("positional_embedding", "text.position"),
         Row("text_projection", "contrast.text.weight", transpose=True),
         Row("visual.proj", "contrast.image.weight", transpose=True),
-        Row("logit_scale", "contrast.log_scale"),
+        Row("logit_scale", "contrast.log_scale", scalar=True),
     ]
     return Table("open_clip", tuple(rows), ignored=(r"visual\.(?!proj$).*", r"attn_mask"))
 

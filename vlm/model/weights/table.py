@@ -18,6 +18,7 @@ class Row:
     theirs: str
     ours: str | tuple[str, ...]
     transpose: bool = False
+    scalar: bool = False  # published without a dimension; ours has one
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -26,13 +27,13 @@ class Row:
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Published to ours."""
-        tensor = tensor.T.contiguous() if self.transpose else tensor
+        tensor = tensor.T.contiguous() if self.transpose else tensor.reshape(1) if self.scalar else tensor
         return tuple(tensor.chunk(len(self.names), 0)) if len(self.names) > 1 else (tensor,)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Ours to published."""
         tensor = torch.cat(list(tensors), 0) if len(tensors) > 1 else tensors[0]
-        return tensor.T.contiguous() if self.transpose else tensor
+        return tensor.T.contiguous() if self.transpose else tensor.reshape(()) if self.scalar else tensor
 
 
 @dataclass(frozen=True)

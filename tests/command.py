@@ -8,6 +8,7 @@ import io
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+STREAMS = ("stdin", "stdout", "stderr")
 
 
 @dataclass(frozen=True)
@@ -40,28 +42,64 @@ class Commands:
         self, *arguments: object, folder: Path, stdin: str = "", meanwhile: Callable[[int, Path], None] | None = None
     ) -> Done:
         """`meanwhile` gets the process's id and the file that its standard error goes to."""
-        files = {name: self._scratch / name for name in ("stdin", "stdout", "stderr")}
-        for name, file in files.items():
-            file.write_text(stdin if name == "stdin" else "", encoding="utf-8")
-        request = {
-            "arguments": [str(a) for a in arguments],
-            "folder": str(folder),
-            **{k: str(v) for k, v in files.items()},
-        }
+
+        def first(processes: list[int], errors: Path) -> None:
+            if meanwhile is not None:
+                meanwhile(processes[0], errors)
+
+        return self._run([{}], *arguments, folder=folder, stdin=stdin, meanwhile=first)[0]
+
+    def together(
+        self,
+        count: int,
+        *arguments: object,
+        folder: Path,
+        machines: int = 1,
+        meanwhile: Callable[[list[int], Path], None] | None = None,
+    ) -> list[Done]:
+        """As `count` processes of one run, which is what torchrun does; `meanwhile` gets the first one's errors."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(count)}
+        local = count // machines
+        ranks = [
+            meet | {"RANK": str(i), "LOCAL_RANK": str(i % local), "LOCAL_WORLD_SIZE": str(local)} for i in range(count)
+        ]
+        return self._run([meet | rank for rank in ranks], *arguments, folder=folder, stdin="", meanwhile=meanwhile)
+
+    def _run(
+        self,
+        environments: list[dict[str, str]],
+        *arguments: object,
+        folder: Path,
+        stdin: str,
+        meanwhile: Callable[[list[int], Path], None] | None,
+    ) -> list[Done]:
+        files = [{name: self._scratch / f"{name}-{i}" for name in STREAMS} for i in range(len(environments))]
+        for each in files:
+            for name, file in each.items():
+                file.write_text(stdin if name == "stdin" else "", encoding="utf-8")
+        processes = [
+            {"environment": environment, **{name: str(file) for name, file in each.items()}}
+            for environment, each in zip(environments, files, strict=True)
+        ]
+        request = {"arguments": [str(a) for a in arguments], "folder": str(folder), "processes": processes}
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        process = self._answer()
+        started = self._answer()
         if meanwhile is not None:
-            meanwhile(process, files["stderr"])
-        code = self._answer()
-        return Done(code, files["stdout"].read_text(encoding="utf-8"), files["stderr"].read_text(encoding="utf-8"))
+            meanwhile(started, files[0]["stderr"])
+        codes = self._answer()
+        told = [[each[name].read_text(encoding="utf-8") for name in ("stdout", "stderr")] for each in files]
+        return [Done(code, *texts) for code, texts in zip(codes, told, strict=True)]
 
-    def _answer(self) -> int:
+    def _answer(self) -> list[int]:
         assert self._server.stdout is not None
         line = self._server.stdout.readline()
         assert line, "the process that runs the commands has ended"
-        return int(line)
+        found: list[int] = json.loads(line)
+        return found
 
 
 @contextmanager
@@ -96,14 +134,17 @@ def serve() -> None:
     for name in ("vlm.train.run", "vlm.eval.run"):  # what takes seconds to import
         importlib.import_module(name)
     for line in sys.stdin:
-        process = os.fork()
-        if process == 0:
-            _become(json.loads(line))
-        print(process, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        request, processes = json.loads(line), list[int]()
+        for own in request.pop("processes"):
+            processes.append(os.fork())
+            if processes[-1] == 0:
+                _become(request | own)
+        print(json.dumps(processes), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in processes]), flush=True)
 
 
 def _become(request: dict[str, Any]) -> None:
+    os.environ.update(request["environment"])
     for number, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
         os.dup2(os.open(request[name], flags), number)
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")  # the parent's has read ahead

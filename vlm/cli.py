@@ -161,7 +161,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("VLM_TRACEBACK"):
             raise
-        print(_message(error), file=sys.stderr)
+        if message := _message(error):
+            print(message, file=sys.stderr)
         sys.exit(1 if isinstance(error, OSError) and not isinstance(error, _WRONG_INPUT) else 2)
 
 
@@ -169,7 +170,11 @@ _WRONG_INPUT = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirec
 
 
 def _message(error: ValueError | OSError) -> str:
+    """Of several processes (torchrun) each says what is its own; mistakes in the settings are said by the first."""
+    rank = os.environ.get("RANK", "0")
+    if hasattr(error, "problems"):  # lines of a ConfigError begin with the file they are about, as a compiler's do
+        return str(error) if rank == "0" else ""
+    who = "vlm" if rank == "0" else f"vlm, process {rank}"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"vlm: {error.filename}: {error.strerror}"
-    # Lines of a ConfigError begin with the file they are about, as a compiler's do.
-    return str(error) if hasattr(error, "problems") else f"vlm: {error}"
+        return f"{who}: {error.filename}: {error.strerror}"
+    return f"{who}: {error}"

@@ -105,11 +105,13 @@ class Shards(Passes):
         super().__init__(task, precision, world)
         for parameter in task.parameters():  # FSDP takes no other layout, such as that of convolutions on CPUs
             parameter.data = parameter.data.contiguous()
-        mesh = init_device_mesh(world.device.type, _mesh(world, kind))
+        sizes = _mesh(world, kind)
+        mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicas", "shards")[-len(sizes) :])
         for layer in layers(task.model):
             fully_shard(layer, mesh=mesh)
         self._root: FSDPModule = fully_shard(task, mesh=mesh)
-        register_fsdp_forward_method(task, "vectors")
+        for method in ("vectors", "alone"):
+            register_fsdp_forward_method(task, method)
         for module in task.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

@@ -16,7 +16,7 @@ from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.language import MoeFfn
-from vlm.config.load import load
+from vlm.config.load import ConfigError, load
 from vlm.data.batch import Batch
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.vlm import VisionLanguageModel
@@ -97,7 +97,7 @@ def check_processes(train: schema.Train, count: int) -> None:
     if count > 1 and train.parallel != "ddp" and any(group.muon is not None for group in train.params):
         problems.append(f"train.parallel={train.parallel}: Muon needs whole matrices; take ddp, or AdamW alone")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ConfigError(problems)
 
 
 def _tokenizer(run: schema.Run, data: Feed, world: World) -> Tokenizer:

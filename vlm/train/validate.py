@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -34,9 +35,11 @@ def validate(passes: Passes, once: Once) -> dict[str, float]:
             torch.manual_seed(number)  # hard negatives
             with autocast(world.device, passes.precision):
                 losses = task(batch).each
-                wrong = _exchanged_loss(task, writer, batch, number) if number < GAP_BATCHES else None
+                # Over sharded weights all processes make the same passes, also one whose result does not count.
+                early = number - world.rank < GAP_BATCHES
+                wrong = _exchanged_loss(task, writer, batch, number) if early and writer is not None else None
             found = {f"val/loss_{o.name}": (losses[o.name], o.share(batch)) for o in task.objectives}
-            if wrong is not None and writer is not None:
+            if wrong is not None and writer is not None and number < GAP_BATCHES and batch.size > 1:
                 found[GAP] = (wrong - losses[writer.name], writer.share(batch))
             for name, (value, share) in found.items():
                 sums[name] += counts * share * float(value)
@@ -50,19 +53,19 @@ def _together(once: Once, world: World) -> Iterator[tuple[int, Batch, bool]]:
 
     All processes make equally many passes: one that has no batch left repeats one, which does not count.
     """
-    own = enumerate(once(world.rank, world.size))
+    own = once(world.rank, world.size)
     spare: Batch | None = None
-    while True:
-        turn, batch = next(own, (0, None))
+    for number in count(world.rank, world.size):
+        batch = next(own, None)
         if not world.most(int(batch is not None)):
             return
         spare = batch or spare or next(once(0, 1))
-        yield turn * world.size + world.rank, spare, batch is not None
+        yield number, spare, batch is not None
 
 
-def _exchanged_loss(task: Task, writer: Lm | None, batch: Batch, seed: int) -> Tensor | None:
-    """None where no picture can be exchanged: text alone, or a batch of one."""
-    if writer is None or batch.images is None or batch.size < 2:
+def _exchanged_loss(task: Task, writer: Lm, batch: Batch, seed: int) -> Tensor | None:
+    """None for text alone, where there is nothing to exchange."""
+    if batch.images is None:
         return None
     index = derangement(batch.size, seed)
     loss: Tensor = task.alone(writer, replace(batch, images=batch.images[index]))

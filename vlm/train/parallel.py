@@ -46,6 +46,9 @@ class Passes:
             losses.total.backward()
         return losses
 
+    def forget(self) -> None:
+        """After passes without a backward pass: what was put together of the weights is let go, for they may change."""
+
     def _forward(self, batch: Batch, shares: dict[str, float], pull: Pulling | None) -> Losses:
         found: Losses = self.task(batch, shares, pull)
         return found
@@ -121,6 +124,10 @@ class Shards(Passes):
         """As of `Passes`."""
         self._root.set_requires_gradient_sync(last)
         return super().__call__(batch, shares, pull, last)
+
+    def forget(self) -> None:
+        """As of `Passes`: else the average's weights, used for validation, would be those of the next step."""
+        self._root.reshard()
 
 
 def _mesh(world: World, kind: Kind) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ def validate(passes: Passes, once: Once) -> dict[str, float]:
             for name, (value, share) in found.items():
                 sums[name] += counts * share * float(value)
                 shares[name] += counts * share
+    passes.forget()
     totals, weights = world.sum(list(sums.values())), world.sum(list(shares.values()))
     return {n: total / max(1.0, w) for n, total, w in zip(names, totals, weights, strict=True) if w or n != GAP}
 

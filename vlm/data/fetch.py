@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from itertools import islice
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -98,10 +98,9 @@ def names(address: str) -> list[str]:
             f"shards {address!r}: name local files by their path, and others by http://, https://, s3://, gs:// or "
             "what else fsspec knows"
         )
-    if address.endswith(".tar") and not _WILD.search(address):
-        _store(address)  # a missing package shows at once
-        return [address]
     store, path = _store(address)
+    if path.endswith(".tar") and not _WILD.search(path):
+        return [store.unstrip_protocol(path)]
     try:
         found = store.glob(path) if _WILD.search(path) else store.ls(path, detail=False)
     except OSError as error:
@@ -146,7 +145,7 @@ class _Redirects(HTTPRedirectHandler):
     """Follows to http(s) only, and never from https to http."""
 
     def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+        self, req: Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         """Final for another scheme."""
         allowed = ("https",) if req.type == "https" else ("http", "https")
@@ -164,9 +163,9 @@ def _http(address: str, start: int, version: str) -> Iterator[Answer]:
     except HTTPError as error:
         if error.code in (408, 425, 429) or error.code >= 500:
             raise
-        advice = {404: "look at the address and its braces", 410: "it is gone for good"}.get(
-            error.code, "where it wants a login, download the shards and name the files"
-        )
+        advice = "where it wants a login, download the shards and name the files"
+        if error.code < 400 or error.code == 404:
+            advice = "look at the address and its braces" if error.code == 404 else "only http(s) is followed"
         raise Final(f"the server answers {error.code} {error.reason}; {advice}") from None
     with reply:
         if reply.headers.get_content_type() in ("text/html", "application/xhtml+xml"):

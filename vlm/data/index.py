@@ -9,6 +9,7 @@ import logging
 import os
 import zlib
 from array import array
+from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -77,12 +78,12 @@ class Index:
         return Index, (self.shards, self.places, self.ends, self.keys, self.facts)
 
     @cached_property
-    def _samples(self) -> Array:
-        return np.array(self.shards[:, 0])
+    def _samples(self) -> list[int]:
+        return [int(count) for count in self.shards[:, 0]]
 
     def shard(self, index: int) -> int:
         """Number of a sample's shard."""
-        return int(np.searchsorted(self._samples, index, side="right"))
+        return bisect(self._samples, index)
 
     def stamp(self, shard: int) -> Stamp:
         """Of the shard as it was read."""

@@ -263,7 +263,7 @@ def test_training_goes_on_when_the_cache_is_smaller_than_the_shards(
     for i in range(3):
         site.files[f"/{i}.tar"] = tar(tmp_path, 10 * i)
     shards = Shards(site.url + "/{0..2}.tar", cache=Cache(tmp_path / "cache", 45_000 / 2**30))
-    assert "the shards by address take 5.72e-05 GB, so some are fetched again and again" in caplog.text
+    assert "the shards by address take 5.72e-05 GB, so they will be fetched again and again" in caplog.text
     assert [shards.raw(i).captions[0] for i in (0, 8, 3, 1)] == ["number 0", "number 22", "number 10", "number 1"]
 
 

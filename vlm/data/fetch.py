@@ -20,15 +20,7 @@ PIPE = "pipe:"
 TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 2**20
 _MAX_INDEX = 2**28  # bytes of an index.json
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-}
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _ADDRESS = re.compile(r"pipe:|file:|[A-Za-z][\w+.-]+://")
 _WILD = re.compile(r"[*?\[]")
 
@@ -166,7 +158,7 @@ def _http(address: str, start: int, version: str) -> Iterator[Answer]:
         advice = "where it wants a login, download the shards and name the files"
         if error.code < 400 or error.code == 404:
             advice = "look at the address and its braces" if error.code == 404 else "only http(s) is followed"
-        raise Final(f"the server answers {error.code} {error.reason}; {advice}") from None
+        raise Final(f"{reason(error)}; {advice}") from None
     with reply:
         if reply.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             raise Final("the server answers with a web page; look at the address, or whether it wants a login")

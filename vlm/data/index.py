@@ -169,6 +169,8 @@ def build(files: Sequence[Place], record: Record) -> Index:
 
 def _read(file: Place, number: int, record: Record, table: _Table, facts: Facts) -> Stamp:
     handle, stamp = opened(file)
+    if stamp[0] > _BLOCK * 2**32:
+        raise ValueError(f"{file}: is larger than 2 TiB; write it as several shards")
     damaged, before = len(facts.damage), len(table.shards)
     with handle:
         for group in groups(handle, str(file), facts.damage):

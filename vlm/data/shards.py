@@ -133,10 +133,14 @@ class Shards:
         self.bad = facts.bad.copy()
         self.others = Counter({suffix: n for suffix, n in facts.seen.items() if suffix not in self._record.columns})
         self._refuse_unusable(facts)
-        fetched = sum(self._index.stamp(n)[0] for n, file in enumerate(self.files) if isinstance(file, Remote))
-        large = "data.shard_cache_gb=%g: the shards by address take %.3g GB, so some are fetched again and again"
-        for line in [*facts.damage, *facts.hints, *([large % (cache.gb, fetched / 2**30)] * (fetched > cache.bytes))]:
+        for line in [*facts.damage, *facts.hints]:
             log.warning("%s", line)
+        fetched = sum(self._index.stamp(n)[0] for n, file in enumerate(self.files) if isinstance(file, Remote))
+        if fetched > cache.bytes:
+            large = (
+                "data.shard_cache_gb=%g: the shards by address take %.3g GB, so they will be fetched again and again"
+            )
+            log.warning(large, cache.gb, fetched / 2**30)
 
     def __len__(self) -> int:
         return len(self._index)

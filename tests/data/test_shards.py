@@ -59,7 +59,7 @@ def test_expand_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["pipe:touch owned", "https://example.org/a.tar", "s3://bucket/{0..9}.tar"])
 def test_commands_and_addresses_are_refused(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="addresses and commands are for tar shards of pictures"):
+    with pytest.raises(ValueError, match="no commands or addresses; download them first"):
         expand(spec)
     assert not os.listdir(tmp_path)
 

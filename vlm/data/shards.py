@@ -78,7 +78,7 @@ def find_shards(spec: str | Sequence[str], cache: Cache) -> list[Place]:
 def _expand_one(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
     if is_address(pattern):
         raise ValueError(
-            f"{pattern!r}: addresses and commands are for tar shards of pictures; download other files first"
+            f"shards {pattern!r}: only local files are read, no commands or addresses; download them first"
         )
     files: list[Path] = []
     for name in [pattern] if os.path.exists(pattern) else braceexpand(os.path.expanduser(pattern)):

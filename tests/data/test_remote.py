@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from http.client import HTTPMessage
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import Request
 
@@ -257,6 +259,20 @@ def test_a_shard_larger_than_the_cache(site: Site, tmp_path: Path) -> None:
         fetched(site, Cache(tmp_path / "cache", 5000 / 2**30))
 
 
+def test_a_full_disk(site: Site, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        site.files[f"/{name}.tar"] = tar(tmp_path)
+    a, b = find(site.url + "/{a,b}.tar", cache)
+    a.fetch()
+    size, free = len(site.files["/a.tar"]), [5, 5, 50_000, 50_000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
+    b.fetch()
+    assert size < 50_000 and a.kept() is None and b.kept() is not None  # it made room
+    free[:] = [5] * 9
+    with pytest.raises(ValueError, match=r"a\.tar: .*cache has no room for .* GB; set data\.shard_cache"):
+        a.fetch()
+
+
 def test_training_goes_on_when_the_cache_is_smaller_than_the_shards(
     site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -360,6 +376,9 @@ def test_a_store_tells_sums_and_what_is_missing(store: fsspec.AbstractFileSystem
         ("local://a.tar", "name local files by their path"),
         ("zip://a.tar::http://127.0.0.1:9/x.zip", "name local files by their path"),
         ("nosuch://a/b.tar", "Protocol not known: nosuch; there are http, https, abfs,"),
+        ("http://127.0.0.1:9/a b.tar", r"a b\.tar: is no valid address; write strange characters as %-codes"),
+        ("http://127.0.0.1:9/ä.tar", r"ä\.tar: is no valid address"),
+        ("http://127.0.0.1:nine/a.tar", r"a\.tar: is no valid address"),
         ("http://127.0.0.1:9/shards/", "http lists no folders; name tar files, with braces: …/{000..099}.tar"),
         ("http://127.0.0.1:9/*.tar", "http lists no folders"),
         ("https://127.0.0.1:9/table.csv", "https lists no folders; name tar files"),
@@ -379,6 +398,24 @@ def test_a_missing_package_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ValueError, match=r"fsspec is not installed: pip install 'vlm\[remote\]'"):
         find("s3://bucket/{0..9}.tar", cache)
+
+
+def test_errors_of_a_stores_own_package(
+    store: fsspec.AbstractFileSystem, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BotoCoreError(Exception):
+        pass
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise BotoCoreError("Unable to locate credentials")
+
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", SimpleNamespace(BotoCoreError=BotoCoreError))
+    for name in ("glob", "size"):
+        monkeypatch.setattr(type(store), name, refuse)
+    with pytest.raises(ValueError, match=r"'memory://bucket/\*': cannot be listed: Unable to locate credentials"):
+        Shards("memory://bucket/*", cache=cache)
+    with pytest.raises(ValueError, match=r"0.tar: the store refuses \(Unable to .*\); look at your credentials for it"):
+        Shards("memory://bucket/0.tar", cache=cache)
 
 
 def test_addresses_and_files_side_by_side(store: object, cache: Cache, tmp_path: Path) -> None:

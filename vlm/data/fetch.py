@@ -4,10 +4,11 @@ import json
 import logging
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.client import HTTPException, HTTPMessage, HTTPResponse
+from http.client import HTTPException, HTTPMessage, HTTPResponse, InvalidURL
 from itertools import islice
 from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
@@ -21,6 +22,12 @@ TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 2**20
 _MAX_INDEX = 2**28  # bytes of an index.json
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+_FOREIGN = {  # what stores' packages raise that is no OSError
+    "botocore.exceptions": "BotoCoreError",
+    "google.auth.exceptions": "GoogleAuthError",
+    "gcsfs.retry": "HttpError",
+    "azure.core.exceptions": "AzureError",
+}
 _ADDRESS = re.compile(r"pipe:|file:|[A-Za-z][\w+.-]+://")
 _WILD = re.compile(r"[*?\[]")
 
@@ -95,7 +102,7 @@ def names(address: str) -> list[str]:
         return [store.unstrip_protocol(path)]
     try:
         found = store.glob(path) if _WILD.search(path) else store.ls(path, detail=False)
-    except OSError as error:
+    except _foreign(OSError) as error:
         raise ValueError(f"shards {address!r}: cannot be listed: {reason(error)}") from None
     if not (tars := sorted(name for name in found if name.endswith(".tar"))):
         raise ValueError(f"shards {address!r}: no .tar file is there")
@@ -159,6 +166,8 @@ def _http(address: str, start: int, version: str) -> Iterator[Answer]:
         if error.code < 400 or error.code == 404:
             advice = "look at the address and its braces" if error.code == 404 else "only http(s) is followed"
         raise Final(f"{reason(error)}; {advice}") from None
+    except (InvalidURL, UnicodeError) as error:
+        raise Final(f"is no valid address; write strange characters as %-codes ({error})") from None
     with reply:
         if reply.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
             raise Final("the server answers with a web page; look at the address, or whether it wants a login")
@@ -183,7 +192,7 @@ def _extent(reply: HTTPResponse) -> tuple[int, int | None]:
     return 0, None if length is None else int(length)
 
 
-def reason(error: OSError | HTTPException) -> str:
+def reason(error: Exception) -> str:
     """What happened, in words."""
     if isinstance(error, HTTPError):
         return f"the server answers {error.code} {error.reason}"
@@ -212,6 +221,11 @@ def _store(address: str) -> tuple[Any, str]:
     return store, path
 
 
+def _foreign(own: type[Exception]) -> tuple[type[Exception], ...]:
+    """`own` and those of the packages that are in use."""
+    return (own, *(getattr(sys.modules[module], name) for module, name in _FOREIGN.items() if module in sys.modules))
+
+
 @contextmanager
 def _fsspec(address: str, start: int, version: str) -> Iterator[Answer]:
     try:
@@ -223,7 +237,7 @@ def _fsspec(address: str, start: int, version: str) -> Iterator[Answer]:
             yield Answer(iter(partial(source.read, CHUNK), b""), begin, length, now)
     except FileNotFoundError:
         raise Final("no such file in the store; look at the address and its braces") from None
-    except PermissionError as error:
+    except _foreign(PermissionError) as error:
         raise Final(f"the store refuses ({error}); look at your credentials for it") from None
 
 

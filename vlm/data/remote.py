@@ -39,7 +39,10 @@ def allow_pipes() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Remote:
-    """A shard that is not on this disk, or not yet. `listed`: bytes and sha256 by the index.json beside it, if any."""
+    """A shard that is not on this disk, or not yet. `listed`: bytes and sha256 by the index.json beside it, if any.
+
+    An address is taken to stand for the same bytes for good, unless index.json lists another sum.
+    """
 
     address: str
     cache: Cache = field(compare=False)

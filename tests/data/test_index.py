@@ -106,7 +106,7 @@ def test_a_damaged_one_is_made_anew(
         caplog.clear()
         file.write_bytes(spoilt)
         assert told(Shards(spec, cache=cache)) == before
-        assert caplog.messages[0] == f"{file}: this index is damaged; it is made anew"
+        assert caplog.messages == [f"{file}: this index is damaged; it is made anew"]
         assert file.read_bytes() == whole
     assert len(calls) == 3
 
@@ -142,11 +142,12 @@ print(len(Shards(sys.argv[1], cache=Cache(Path(sys.argv[2])))), flush=True)
 
 def test_of_two_processes_one_makes_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BUILD, str(write(tmp_path / "s.tar", numbered(0, 5))), str(tmp_path / "cache")]
-    pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipe: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipe) as first:
         assert first.stdout.readline() + first.stdout.readline() == "ready\nbuilds\n"
         with subprocess.Popen(command, **pipe) as second:
             assert second.stdout.readline() == "ready\n"
+            assert second.stderr.readline().endswith(".part: another process reads the shards; waiting for it\n")
             assert first.communicate("go\n")[0] == "5\n"
             assert second.communicate("go\n")[0] == "5\n"
 

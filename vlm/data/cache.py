@@ -1,6 +1,7 @@
 """A folder of files that can be fetched or made again: each whole or not there, made by one process, bounded in all."""
 
 import fcntl
+import logging
 import os
 import shutil
 import time
@@ -14,6 +15,8 @@ HEX = "[0-9a-f]"
 TAG, DIGEST = 20, 15  # hexadecimal digits: of an address or a key; of a content, so that they fit into 63 bits
 _OURS = (f"{HEX * TAG}/{HEX * DIGEST}.tar", f"index/{HEX * TAG}.index", f"{HEX * TAG}/*.part", "index/*.part")
 _ABANDONED = 86_400  # seconds without a byte, after which a draft is one that a killed process left
+
+log = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
@@ -71,13 +74,14 @@ def used(path: Path) -> None:
 
 
 @contextmanager
-def alone(draft: Path) -> Iterator[BinaryIO]:
+def alone(draft: Path, waiting: str = "") -> Iterator[BinaryIO]:
     """An empty file that no other process writes meanwhile: rename it inside, or it goes again.
 
-    Waits for who has it. The system drops the lock of a process that dies; what it left is begun anew.
+    Waits for who has it, and says so in the words of `waiting`. The system drops the lock of a process that dies; what
+    it left is begun anew.
     """
     draft.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(draft) as handle:
+    with _locked(draft, waiting) as handle:
         try:
             handle.truncate(0)
             yield handle
@@ -86,11 +90,16 @@ def alone(draft: Path) -> Iterator[BinaryIO]:
                 draft.unlink()
 
 
-def _locked(draft: Path) -> BinaryIO:
+def _locked(draft: Path, waiting: str) -> BinaryIO:
     while True:
         handle = draft.open("a+b")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    log.warning("%s: %s", draft, waiting)
+                fcntl.flock(handle, fcntl.LOCK_EX)
             if still_there(draft, handle.fileno()):
                 return handle
         except OSError as error:

@@ -207,7 +207,9 @@ def kept(files: Sequence[Place], record: Record, cache: Cache) -> Index:
         try:
             if (there := _mapped(path)) is not None:
                 return there
-            draft = stack.enter_context(alone(path.with_suffix(".part")))
+            draft = stack.enter_context(
+                alone(path.with_suffix(".part"), "another process reads the shards; waiting for it")
+            )
             if (there := _mapped(path)) is not None:
                 return there
         except OSError as error:
@@ -266,6 +268,7 @@ def _mapped(path: Path) -> Index | None:
     with file:
         if _sum(file, os.fstat(file.fileno()).st_size - 4) != file.read(4):
             log.warning("%s: this index is damaged; it is made anew", path)
+            path.unlink(missing_ok=True)
             return None
         file.seek(0)
         take = partial(_array, file)

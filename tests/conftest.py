@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first import
 
 import random
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -20,6 +22,15 @@ settings.load_profile("vlm")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: a plain mistake shows within seconds."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Indices and shards by address stay among the test's files; commands started by a test inherit the place."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("shard-cache")
+        patch.setenv("VLM_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from vlm.config.language import (
     RetentionMixer,
     TransformerLanguage,
 )
+from vlm.data.cache import Cache, default_folder
 from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
 from vlm.data.image import Augment, ImageTransform
 from vlm.data.loader import Loader
@@ -252,11 +253,18 @@ def transform(run: schema.Run, model: VisionLanguageModel, source: Pictures) -> 
 
 def shards(settings: schema.PairData, spec: str | list[str]) -> Pictures:
     """An index over tar shards of pictures or features, or over what else `spec` names."""
-    if (features := open_features(spec, settings.max_bad_fraction)) is not None:
+    cache = shard_cache(settings)
+    if (features := open_features(spec, settings.max_bad_fraction, cache)) is not None:
         return features
     return open_pictures(
-        spec, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction
+        spec, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction, cache
     )
+
+
+def shard_cache(settings: schema.PairData) -> Cache:
+    """Where shards by address and indices are kept."""
+    folder = settings.shard_cache
+    return Cache(default_folder() if folder is None else Path(folder).expanduser(), settings.shard_cache_gb)
 
 
 def training_loader(

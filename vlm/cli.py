@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from vlm import __version__
-from vlm.cli_shards import shards
+from vlm.cli_shards import pipe_option, shards
 
 folder = click.Path(path_type=Path)
 config_argument = click.argument("config", type=folder)
@@ -77,6 +77,7 @@ class _TrainCommand(click.Command):
     metavar="N",
     help="Only try whether the first N samples can be learned by heart; exit code 1 if not, and no run folder.",
 )
+@pipe_option
 def train(
     config: Path, overrides: tuple[str, ...], out: Path | None, resume: str | None, overwrite: bool, few: int | None
 ) -> None:
@@ -124,11 +125,12 @@ def caption(run: Path, images: tuple[str, ...], json: bool, **sampling: int | fl
 @json_option
 @click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
 @click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
+@pipe_option
 def evaluate(run: Path, shards: tuple[str, ...], json: bool, caption: str | None, k: int) -> None:
     """Measure image-text retrieval.
 
     Recall at 1, 5 and 10, text to image and image to text. RUN is the folder of a finished run; SHARDS are tar files,
-    folders of them, patterns such as {000..003}.tar, or what else `vlm shards write` can read.
+    folders of them, patterns such as {000..003}.tar, addresses of them, or what else `vlm shards write` can read.
     """
     from vlm.eval.run import evaluate as measure
 

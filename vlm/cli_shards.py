@@ -9,6 +9,22 @@ folder = click.Path(path_type=Path)
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 
 
+def _allow_pipes(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if given:
+        from vlm.data.remote import allow_pipes
+
+        context.with_resource(allow_pipes())
+
+
+pipe_option = click.option(
+    "--allow-pipe",
+    is_flag=True,
+    expose_value=False,
+    callback=_allow_pipes,
+    help="For shards named pipe:COMMAND, run COMMAND in a shell, with all that you may do; what it prints is the tar.",
+)
+
+
 @click.group()
 def shards() -> None:
     """Write, check and look at data sets of pictures and captions."""
@@ -33,6 +49,7 @@ def shards() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the shards that OUT holds.")
 @click.option("--json", is_flag=True, help="Print JSON.")
+@pipe_option
 def write(
     source: tuple[str, ...],
     out: Path,
@@ -85,6 +102,7 @@ def write(
 )
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read pictures.")
 @click.option("--overwrite", is_flag=True, help="Replace the features that OUT holds.")
+@pipe_option
 def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, workers: int, overwrite: bool) -> None:
     """Keep what a frozen image encoder gives, to train without it.
 
@@ -106,6 +124,7 @@ def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, wo
 @click.option("--max-bad-fraction", type=click.FloatRange(0, 1), help="Exit with 1 above this share; as in training.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes beside this one.")
 @click.option("--json", is_flag=True, help="Print JSON.")
+@pipe_option
 def check_shards(shards: tuple[str, ...], **options: Any) -> None:
     """Count what is wrong with the samples.
 
@@ -122,6 +141,7 @@ def check_shards(shards: tuple[str, ...], **options: Any) -> None:
 @click.option("--out", type=folder, default="sheet.png", show_default=True, help="The contact sheet, .png or .jpg.")
 @click.option("--count", type=click.IntRange(1), default=12, show_default=True, help="Pictures on the sheet.")
 @click.option("--texts", type=click.IntRange(0), default=3, show_default=True, help="Samples printed token by token.")
+@pipe_option
 def preview_shards(shards: tuple[str, ...], config: Path | None, out: Path, count: int, texts: int) -> None:
     """Show a few samples as the model sees them.
 

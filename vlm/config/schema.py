@@ -161,7 +161,8 @@ class PairData(Section):
     kind: Literal["pairs"] = "pairs"
     train: str | list[str] = Field(
         description="shards: a folder, a glob, braces {000..009}, or a list of these; or a folder of pictures and "
-        ".txt, a table (CSV, TSV, JSON lines, Parquet), COCO, Karpathy (file.json#split) or LLaVA JSON"
+        ".txt, a table (CSV, TSV, JSON lines, Parquet), COCO, Karpathy (file.json#split) or LLaVA JSON; tars also by "
+        "address: https://…/{000..099}.tar, s3://…"
     )
     val: str | list[str] | None = None
     images: str | None = Field(None, description="folder that a table's paths are relative to; its own unless given")
@@ -182,6 +183,10 @@ class PairData(Section):
     )
     workers: Annotated[int, Field(ge=0)] = 0
     cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images")
+    shard_cache: str | None = Field(
+        None, description="folder of downloaded shards and of indices; $VLM_CACHE or ~/.cache/vlm/shards unless given"
+    )
+    shard_cache_gb: float = Field(100.0, gt=0, description="its bound in GiB; what was not used for longest goes first")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the samples than this are unusable")
 
 

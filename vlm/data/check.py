@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from vlm.data.image import TRAITS, BadSample, decode, traits
 from vlm.data.record import MAX_BYTES, Record
+from vlm.data.remote import Place, opened
 from vlm.data.tar import Group, groups
 from vlm.data.text import Tokenizer, encode_caption, encode_prompt
 
@@ -103,7 +103,7 @@ class _Seen:
 
 
 def check(
-    files: Sequence[Path],
+    files: Sequence[Place],
     record: Record,
     patience: Patience,
     workers: int = 0,
@@ -130,10 +130,10 @@ def _each(found: Iterable[_Seen], done: Callable[[], object]) -> Iterator[_Seen]
         done()
 
 
-def _look(file: Path, record: Record, patience: Patience) -> _Seen:
+def _look(file: Place, record: Record, patience: Patience) -> _Seen:
     seen, damage = _Seen(), list[str]()
-    with file.open("rb") as handle:
-        for group in groups(file, damage, seen.pass_over):
+    with opened(file)[0] as handle:
+        for group in groups(handle, str(file), damage, seen.pass_over):
             error, notes, picture = record.fault(group), list[str](), 0
             if damage and error:
                 continue  # cut off: counted once, as the shard
@@ -184,7 +184,7 @@ def _shown(key: str) -> str:
     return key.encode("utf-8", "backslashreplace").decode()
 
 
-def _merge(files: Sequence[Path], seen: Sequence[_Seen]) -> Report:
+def _merge(files: Sequence[Place], seen: Sequence[_Seen]) -> Report:
     keys, pictures = (_joined([getattr(one, name) for one in seen], np.uint64) for name in ("keys", "pictures"))
     starts = np.cumsum([0, *(len(one.keys) for one in seen)])
 
@@ -208,7 +208,7 @@ def _merge(files: Sequence[Path], seen: Sequence[_Seen]) -> Report:
     return Report(len(keys), _findings(counts, first), _findings(notes, noted))
 
 
-def _notes(files: Sequence[Path], seen: Sequence[_Seen]) -> tuple[Counter[str], dict[str, str]]:
+def _notes(files: Sequence[Place], seen: Sequence[_Seen]) -> tuple[Counter[str], dict[str, str]]:
     counts, first = Counter[str](), dict[str, str]()
     for file, one in zip(files, seen, strict=True):
         bits = np.array(one.notes, dtype=np.uint64)
@@ -237,7 +237,7 @@ def _repeats(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     return again
 
 
-def _key_at(file: Path, place: int) -> str:
+def _key_at(file: Place, place: int) -> str:
     """Key of a sample by its number in the shard; reads headers again, so that keys need not be kept."""
-    found: Iterator[Group] = groups(file, [])
-    return _shown(next(islice(found, place, None)).key)
+    with opened(file)[0] as handle:
+        return _shown(next(islice(groups(handle, str(file), []), place, None)).key)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlm.data.cache import Cache
 from vlm.data.image import BadSample
 from vlm.data.shards import Shards
 from vlm.data.tars import INDEX
@@ -88,13 +89,15 @@ def _short(value: object) -> str:
 class FeatureShards(Shards):
     """Shards of features, which are their own transform."""
 
-    def __init__(self, folder: Path, info: FeatureInfo, max_bad_fraction: float) -> None:
+    def __init__(self, folder: Path, info: FeatureInfo, max_bad_fraction: float, cache: Cache | None = None) -> None:
         """`folder` holds the tars and their index."""
-        super().__init__(str(folder), SUFFIX, "json:captions", "picture", max_bad_fraction)
+        super().__init__(str(folder), SUFFIX, "json:captions", "picture", max_bad_fraction, cache)
         self.folder, self.info = folder, info
 
 
-def open_features(spec: str | Sequence[str], max_bad_fraction: float = 0.05) -> FeatureShards | None:
+def open_features(
+    spec: str | Sequence[str], max_bad_fraction: float = 0.05, cache: Cache | None = None
+) -> FeatureShards | None:
     """The features in a folder that `vlm shards features` has written; None where `spec` is something else."""
     names = [spec] if isinstance(spec, str) else list(spec)
     if len(names) != 1 or not (Path(names[0]).expanduser() / INDEX).is_file():
@@ -103,4 +106,4 @@ def open_features(spec: str | Sequence[str], max_bad_fraction: float = 0.05) -> 
     index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     if SUFFIX not in index:
         return None
-    return FeatureShards(folder, FeatureInfo(**index[SUFFIX]), max_bad_fraction)
+    return FeatureShards(folder, FeatureInfo(**index[SUFFIX]), max_bad_fraction, cache)

@@ -4,13 +4,14 @@ import os
 import posixpath
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.image import BadSample
 from vlm.data.record import MAX_BYTES
+from vlm.data.remote import Place
 from vlm.data.shards import RawSample
 
 PICTURES = "jpg;jpeg;png;webp;gif;bmp;tif;tiff"  # suffixes
@@ -20,9 +21,13 @@ PICTURES = "jpg;jpeg;png;webp;gif;bmp;tif;tiff"  # suffixes
 class Pictures(Protocol):
     """Random access to samples: tar shards (`Shards`) and everything else that can be read (`Source`)."""
 
-    files: list[Path]
     bad: Counter[str]  # what was left out when it was opened, by reason
     max_bad_fraction: float
+
+    @property
+    def files(self) -> Sequence[Place]:
+        """What it is read from."""
+        ...
 
     def __len__(self) -> int:
         """Samples that may be asked for."""

@@ -1,11 +1,9 @@
-"""Tar shards of pictures with captions: an index for random access, one sample at a time, nothing written to disk."""
+"""Tar shards of pictures with captions: random access by an index, one sample at a time, nothing unpacked to disk."""
 
 import difflib
 import glob
 import logging
 import os
-import re
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,21 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from braceexpand import braceexpand
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vlm.data.cache import Cache
+from vlm.data.fetch import is_address
 from vlm.data.image import BadSample
+from vlm.data.index import Facts, kept
 from vlm.data.record import MAX_BYTES, Record
-from vlm.data.tar import groups
+from vlm.data.remote import Place, Remote, at_hand, find, opened
 
 MIN_SEEN = 100  # samples before the share of bad ones means something
-_REMEDIES = {
-    "duplicate key": "; each sample needs a key of its own, and the first one is used: rename, or name the shard once",
-    "members apart": "; the members of a sample must stand side by side: write the shard anew, sorted by name",
-    "dotted name": "; the key of a sample ends at the first dot of its file name: rename without dots",
-}
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +63,20 @@ def expand(spec: str | Sequence[str], suffixes: tuple[str, ...] = (".tar",)) -> 
     return list(dict.fromkeys(files))
 
 
+def find_shards(spec: str | Sequence[str], cache: Cache) -> list[Place]:
+    """As `expand` for tars, also by address: http(s)://, s3:// and what else fsspec knows, pipe:COMMAND if allowed.
+
+    ValueError: as `expand`; as `vlm.data.remote.find`.
+    """
+    patterns = [spec] if isinstance(spec, str) else list(spec)
+    if not any(map(is_address, patterns)):
+        return [*expand(patterns)]
+    found = [find(pattern, cache) if is_address(pattern) else expand(pattern) for pattern in patterns]
+    return list(dict.fromkeys(file for files in found for file in files))
+
+
 def _expand_one(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
-    if pattern.startswith("pipe:") or re.match(r"[A-Za-z][\w+.-]+://", pattern):
+    if is_address(pattern):
         raise ValueError(
             f"shards {pattern!r}: only local files are read, no commands or addresses; download them first"
         )
@@ -97,26 +104,6 @@ def _nearest(path: Path, suffixes: tuple[str, ...]) -> str:
     return f"{missing}; {'that folder holds ' + ', '.join(near) if near else 'that folder is empty'}"
 
 
-class _Table:
-    """The index while it is read: flat arrays, since one object per member would take ten times the memory."""
-
-    def __init__(self, columns: dict[str, int]) -> None:
-        """`columns`: the suffixes that are kept."""
-        self.columns = columns
-        self.places = array("q")  # per sample: offset and size of each column's member; offset -1: absent
-        self.shards = array("i")
-        self.keys, self.ends, self.hashes = bytearray(), array("q"), array("q")
-
-    def add(self, shard: int, key: str, members: dict[str, tuple[int, int]]) -> None:
-        """One more sample."""
-        for suffix in self.columns:
-            self.places.extend(members.get(suffix, (-1, 0)))
-        self.shards.append(shard)
-        self.keys += key.encode()
-        self.ends.append(len(self.keys))
-        self.hashes.append(hash(key))
-
-
 class Shards:
     """Random access to the samples of tar shards.
 
@@ -134,41 +121,41 @@ class Shards:
         caption: str = "txt;json:caption",
         id_field: str | None = None,
         max_bad_fraction: float = 0.05,
+        cache: Cache | None = None,
     ) -> None:
-        """Read the index of every shard (headers only)."""
-        self.files = expand(spec)
-        self.bad: Counter[str] = Counter()
-        self._damage: list[str] = []
-        self._hints: list[str] = []  # the first of each fault that names or order explain
+        """Map the index, or read that of every shard (headers only). `cache`: where it and remote shards are kept."""
+        cache = cache or Cache()
+        self.files = find_shards(spec, cache)
         self.max_bad_fraction = max_bad_fraction
         self._record = Record(image, caption, id_field)
-        self._columns = self._record.columns
-        table, seen = _Table(self._columns), Counter[str]()
-        self._stamps = [self._index(number, table, seen) for number in range(len(self.files))]
-        self.others = Counter({suffix: count for suffix, count in seen.items() if suffix not in self._columns})
-        self._shard = np.array(table.shards, dtype=np.int32)
-        self._place = np.array(table.places, dtype=np.int64).reshape(-1, len(self._columns), 2)
-        self._keys, self._ends = bytes(table.keys), np.array(table.ends, dtype=np.int64)
-        self._drop_repeats(np.array(table.hashes, dtype=np.int64))
-        self._refuse_unusable(seen)
-        for line in [*self._damage, *self._hints]:
+        self._index = kept(self.files, self._record, cache)
+        facts = self._index.facts
+        self.bad = facts.bad.copy()
+        self.others = Counter({suffix: n for suffix, n in facts.seen.items() if suffix not in self._record.columns})
+        self._refuse_unusable(facts)
+        for line in [*facts.damage, *facts.hints]:
             log.warning("%s", line)
+        fetched = sum(self._index.stamp(n)[0] for n, file in enumerate(self.files) if isinstance(file, Remote))
+        if fetched > cache.bytes:
+            large = (
+                "data.shard_cache_gb=%g: the shards by address take %.3g GB, so they will be fetched again and again"
+            )
+            log.warning(large, cache.gb, fetched / 2**30)
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return len(self._index)
 
     def key(self, index: int) -> str:
         """Name of the sample: its members' common name, folders included."""
-        start = int(self._ends[index - 1]) if index else 0
-        return self._keys[start : int(self._ends[index])].decode()
+        return self._index.key(index)
 
     def where(self, index: int) -> str:
         """Shard and key, for messages."""
-        return f"{self.files[self._shard[index]]}: {self.key(index)}"
+        return f"{self.files[self._index.shard(index)]}: {self.key(index)}"
 
     def raw(self, index: int) -> RawSample:
         """Read one sample. BadSample when its captions cannot be used; ValueError when the shard has changed."""
-        wanted = next(suffix for suffix in self._record.images if self._place[index, self._columns[suffix], 0] >= 0)
+        wanted = next(suffix for suffix in self._record.images if self._index.member(index, suffix)[0] >= 0)
         data = self._read(index, [wanted])
         fields, key = self._record.fields(data), self.key(index)
         return RawSample(key, self._record.id(key, fields), data[wanted], self._record.texts(data, fields), fields)
@@ -184,16 +171,16 @@ class Shards:
 
     def _read(self, index: int, images: list[str]) -> dict[str, bytes]:
         """Members with captions, json, and the images named, by suffix."""
-        number = int(self._shard[index])
-        file = self.files[number]
-        wanted = dict.fromkeys([*images, *self._record.texts_in])
-        with file.open("rb") as handle:
-            stat = os.fstat(handle.fileno())
-            if (stat.st_size, stat.st_mtime_ns) != self._stamps[number]:
+        number = self._index.shard(index)
+        file, before = self.files[number], self._index.stamp(number)
+        handle, stamp = opened(file, before)
+        with handle:
+            if stamp != before:
+                self._index.forget()
                 raise ValueError(f"{file}: changed since it was indexed; start again, and leave shards alone meanwhile")
             data = {}
-            for suffix in wanted:
-                offset, size = self._place[index, self._columns[suffix]].tolist()
+            for suffix in dict.fromkeys([*images, *self._record.texts_in]):
+                offset, size = self._index.member(index, suffix)
                 if size > MAX_BYTES:
                     raise BadSample("member too large", f"{suffix}: {size} bytes, at most {MAX_BYTES}")
                 if offset >= 0:
@@ -201,55 +188,22 @@ class Shards:
                     data[suffix] = handle.read(size)
         return data
 
-    def _index(self, number: int, table: _Table, seen: Counter[str]) -> tuple[int, int]:
-        """Add one shard to the table; returns its size and time of change."""
-        file = self.files[number]
-        stat = file.stat()
-        damaged = len(self._damage)
-        for group in groups(file, self._damage):
-            seen.update(group.members.keys())
-            fault = self._record.fault(group)
-            if not fault:
-                table.add(number, group.key, group.members)
-            elif len(self._damage) == damaged:  # else it is cut off: counted once, as the shard
-                self._count(fault, f"{file}: {group.key!r} ({', '.join(group.members)})")
-        if len(self._damage) > damaged:
-            self.bad["damaged shard"] += 1
-            self._damage[-1] += f"; the {table.shards.count(number)} samples before that are used"
-        return stat.st_size, stat.st_mtime_ns
-
-    def _count(self, fault: str, example: str) -> None:
-        if fault not in self.bad and fault in ("duplicate key", "members apart", "dotted name"):
-            self._hints.append(f"{fault}: {example}{_REMEDIES[fault]}")
-        self.bad[fault] += 1
-
-    def _drop_repeats(self, hashes: npt.NDArray[np.int64]) -> None:
-        """Of samples of one key the first is kept."""
-        order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-        keep = np.ones(len(hashes), dtype=bool)
-        pairs = sorted((int(order[place + 1]), int(order[place])) for place in same.tolist())
-        for second, first in pairs:
-            if self.key(first) == self.key(second):
-                keep[second] = False
-                self._count("duplicate key", f"{self.where(first)}, and again in {self.files[self._shard[second]]}")
-        if not keep.all():
-            kept = [self.key(index).encode() for index in np.flatnonzero(keep).tolist()]
-            self._keys, self._ends = b"".join(kept), np.cumsum([len(key) for key in kept], dtype=np.int64)
-            self._shard, self._place = self._shard[keep], self._place[keep]
-
-    def _refuse_unusable(self, seen: Counter[str]) -> None:
+    def _refuse_unusable(self, facts: Facts) -> None:
         names = f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
         wanted = f"image={';'.join(self._record.images)!r}, caption={self._record.caption_spec!r}"
-        if not len(self) and self._damage:
-            raise ValueError("\n".join([*self._damage[:5], f"{names}: no sample has both picture and caption"]))
+        if not len(self) and facts.damage:
+            raise ValueError("\n".join([*facts.damage[:5], f"{names}: no sample has both picture and caption"]))
         if not len(self):
-            found = ", ".join(f"{suffix} ({count})" for suffix, count in seen.most_common(12)) or "no members at all"
+            found = (
+                ", ".join(f"{suffix} ({count})" for suffix, count in facts.seen.most_common(12)) or "no members at all"
+            )
             message = f"{names}: no sample has both picture and caption. Wanted {wanted}; suffixes found: {found}"
-            raise ValueError("\n".join([message, *self._hints]))
-        check_bad(self.bad, len(self) + self.bad.total(), self.max_bad_fraction, names, self._hints)
+            raise ValueError("\n".join([message, *facts.hints]))
+        check_bad(self.bad, len(self) + self.bad.total(), self.max_bad_fraction, names, facts.hints)
         # A misspelt json field shows only inside the samples: a few spread ones tell it before training starts.
         trials = np.linspace(0, len(self) - 1, min(len(self), 64)).astype(int).tolist()
+        ready = [index for index in trials if at_hand(self.files[self._index.shard(index)])]
+        trials = ready or trials[:1]  # a start downloads one shard at most
         reasons = Counter(reason for index in trials if (reason := self._trial(index)))
         if reasons.total() == len(trials):
             raise ValueError(f"{names}: none of {len(trials)} samples tried is usable: {reasons.most_common(1)[0][0]}")

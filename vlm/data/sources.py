@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vlm.data.cache import Cache
 from vlm.data.captions import Captions, clean_captions, find_captions, json_fields, parse_caption
+from vlm.data.fetch import is_address
 from vlm.data.image import BadSample
 from vlm.data.pictures import PICTURES, Folder, Pictures, Record, Records, picture_key
 from vlm.data.shards import RawSample, Shards, check_bad, expand
@@ -28,19 +30,20 @@ def open_pictures(
     id_field: str | None = None,
     images: Path | str | None = None,
     max_bad_fraction: float = 0.05,
+    cache: Cache | None = None,
 ) -> Pictures:
     """Tar shards as `Shards`; a folder of pictures, a table, a JSON file as `Source`, whichever `spec` names.
 
     `image`: suffixes of pictures, and columns that hold them; `caption`: as in `Shards`, json:FIELD is also a column;
     `id_field`: json field or column. `images`: the folder that paths are relative to, the file's own unless
-    given. `file.json#val` names a split of Karpathy's.
+    given. `file.json#val` names a split of Karpathy's. `cache`: as in `Shards`.
     ValueError: nothing there, an unknown layout (with what was found), no usable record, too many bad ones.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
     plain, splits = zip(*map(_split, patterns), strict=True) if patterns else ((), ())
     kinds = {_kind(pattern) for pattern in plain}
     if kinds <= {".tar"}:
-        return Shards(spec, image, caption, id_field, max_bad_fraction)
+        return Shards(spec, image, caption, id_field, max_bad_fraction, cache)
     if len(kinds) > 1 or (len(plain) > 1 and kinds & {"", ".json"}):
         raise ValueError(f"{', '.join(patterns)}: one folder or JSON file at a time, or several files of one kind")
     wanted = parse_caption(caption)
@@ -73,6 +76,8 @@ def _split(pattern: str) -> tuple[str, str]:
 
 def _kind(pattern: str) -> str:
     """Suffix of the files, empty for a folder without tars; what is none of ours is a matter of shards."""
+    if is_address(pattern):
+        return ".tar"
     path = Path(pattern).expanduser()
     if path.is_dir():
         return ".tar" if any(name.endswith(".tar") for name in os.listdir(path)) else ""

@@ -1,9 +1,10 @@
 """What a tar holds, read header by header: its members, and the groups of them that make samples."""
 
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 CODE = (".pyd", ".pkl", ".pickle", ".pth", ".pt")  # other readers unpickle these, which runs what they say
 _BLOCK = 512
@@ -24,16 +25,16 @@ class Group:
     fault: str = ""
 
 
-def groups(file: Path, damage: list[str], passed: Passed = _ignore) -> Iterator[Group]:
-    """Samples by webdataset's rule: the key ends at the first dot of the file name.
+def groups(file: BinaryIO, label: str, damage: list[str], passed: Passed = _ignore) -> Iterator[Group]:
+    """Samples of an open tar by webdataset's rule: the key ends at the first dot of the file name.
 
     Members that come after their sample was left are a group of their own, with a fault: "duplicate key" when they
     repeat one of its suffixes, else "members apart". Where the tar is damaged, the last group comes after `damage` has
-    its message. Errors: as `members`.
+    its message, which begins with `label`. Errors: as `members`.
     """
     finished: dict[str, set[str]] = {}
     key, found = "", dict[str, tuple[int, int]]()
-    for name, offset, size in members(file, damage, passed):
+    for name, offset, size in members(file, label, damage, passed):
         stem, _, suffix = name.rpartition("/")[2].partition(".")
         if not stem or not suffix:
             continue  # no sample by webdataset's rule: README, hidden files
@@ -62,15 +63,16 @@ def _oddity(member: tarfile.TarInfo, plain: bool) -> str:
     return "code" if member.name.lower().endswith(CODE) else ""
 
 
-def members(file: Path, damage: list[str], passed: Passed = _ignore) -> Iterator[tuple[str, int, int]]:
+def members(file: BinaryIO, label: str, damage: list[str], passed: Passed = _ignore) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each regular file in a tar; links, devices and folders are told to `passed`.
 
     Ends early, with a message added to `damage`, where the tar is cut off or damaged outside its files' contents.
     ValueError when it cannot be read at all.
     """
-    end, whole = 0, file.stat().st_size
+    end, whole = 0, file.seek(0, os.SEEK_END)
+    file.seek(0)
     try:
-        with tarfile.open(file, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 plain = member.isreg() and not member.issparse()
@@ -83,23 +85,22 @@ def members(file: Path, damage: list[str], passed: Passed = _ignore) -> Iterator
                     yield member.name, member.offset_data, member.size
             end = tar.offset
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"{label}: cannot be read: {error.strerror}") from None
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        damage.append(f"{file}: {_damage(file, end)} ({error})")
+        damage.append(f"{label}: {_damage(file, label, end)} ({error})")
         return
     # tarfile takes a damaged header for the end of the archive; the real end is marked by two blocks of zeros.
-    with file.open("rb") as handle:
-        handle.seek(end)
-        mark = handle.read(2 * _BLOCK)
-    if mark != bytes(2 * _BLOCK):
-        damage.append(f"{file}: {_damage(file, end)}")
+    file.seek(end)
+    if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
+        damage.append(f"{label}: {_damage(file, label, end)}")
 
 
-def _damage(file: Path, end: int) -> str:
-    with file.open("rb") as handle:
-        start = handle.read(4)
+def _damage(file: BinaryIO, label: str, end: int) -> str:
+    whole = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(4)
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
-        raise ValueError(f"{file}: is compressed, which allows no random access; unpack it to a plain .tar")
+        raise ValueError(f"{label}: is compressed, which allows no random access; unpack it to a plain .tar")
     if not end:
         return "is not a tar file, or its very beginning is damaged; fetch or write it anew"
-    return f"is cut off or damaged at or after byte {end} of {file.stat().st_size}; fetch or write it anew"
+    return f"is cut off or damaged at or after byte {end} of {whole}; fetch or write it anew"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import Dataset
 
+from vlm.data.fetch import is_address
 from vlm.data.image import BadSample, decode
 from vlm.data.loader import MAX_WARNINGS, in_order
 from vlm.data.pictures import PICTURES, Pictures
@@ -82,7 +83,7 @@ def write(
 
     `max_bad_fraction`: a small source is held to it only if it is given. Errors: see those two.
     """
-    check_out(out, overwrite, spec)
+    check_out(out, overwrite, [name for name in spec if not is_address(name)])
     if images is not None and not has_paths(spec):
         raise ValueError(
             f"--images {images}: {spec[0]} holds its pictures itself; only tables and JSON name them by path"

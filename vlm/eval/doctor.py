@@ -17,7 +17,7 @@ from vlm.data.check import Finding, Patience, Report, TextLimit
 from vlm.data.check import check as look
 from vlm.data.pictures import Pictures
 from vlm.data.record import Record
-from vlm.data.shards import expand
+from vlm.data.shards import find_shards
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.restore import TOKENIZER
 
@@ -40,11 +40,11 @@ def check(
     """
     if (tokenizer is None) != (max_tokens is None) and config is None:
         raise ValueError("--tokenizer and --max-tokens belong together: the one counts what the other limits")
-    files = expand(shards)
     run = None if config is None else read_run(config)
     data = schema.PairData(train=list(shards)) if run is None else run.pairs
     given = {"image": image, "caption": caption, "max_bad_fraction": max_bad_fraction, "max_tokens": max_tokens}
     data = data.model_copy(update={name: value for name, value in given.items() if value is not None})
+    files = find_shards(shards, build.shard_cache(data))
     patience = Patience(min_side, text=_limit(run, config, data, tokenizer, shards))
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

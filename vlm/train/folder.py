@@ -20,6 +20,8 @@ Resume = bool | Literal["auto"]
 FREE = (
     "data.workers",
     "data.cache_mb",
+    "data.shard_cache",
+    "data.shard_cache_gb",
     "train.log_every",
     "train.save_every",
     "train.keep",

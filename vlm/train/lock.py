@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlm.data.cache import still_there
+
 LOCK = ".lock"
 
 
@@ -49,15 +51,8 @@ def _acquire(path: Path) -> int:
                 f"{path.parent} is in use by another job (process {owner or 'unknown'}): "
                 "wait for it, stop it, or choose another --out"
             ) from None
-        if _still_there(path, handle):
+        if still_there(path, handle):
             os.ftruncate(handle, 0)
             os.write(handle, f"{os.getpid()}\n".encode())
             return handle
         os.close(handle)  # its last owner removed it between our opening and our locking
-
-
-def _still_there(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.image import BadSample
+from vlm.data.plan import Indices
 from vlm.data.record import MAX_BYTES
 from vlm.data.shards import RawSample
 
@@ -23,6 +24,11 @@ class Pictures(Protocol):
     files: list[Path]
     bad: Counter[str]  # what was left out when it was opened, by reason
     max_bad_fraction: float
+
+    @property
+    def starts(self) -> Indices:
+        """The first sample of each file, or of each block where samples are files: what is read together."""
+        ...
 
     def __len__(self) -> int:
         """Samples that may be asked for."""

@@ -157,6 +157,11 @@ class Shards:
     def __len__(self) -> int:
         return len(self._shard)
 
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """The first sample of each shard; one without samples begins where the next does."""
+        return np.searchsorted(self._shard, np.arange(len(self.files)))
+
     def key(self, index: int) -> str:
         """Name of the sample: its members' common name, folders included."""
         start = int(self._ends[index - 1]) if index else 0

@@ -20,7 +20,8 @@ ORDER, SAMPLE, AUGMENT, SHARDS, SOURCES = range(5)  # streams of random numbers
 _KEPT = 2  # windows, epochs and blocks remembered: a batch may stand across the border of two
 
 Indices = npt.NDArray[np.int64]
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def randomness(seed: int, stream: int, *place: int) -> np.random.Generator:

@@ -66,10 +66,11 @@ class Mixture:
 
     def table(self, total: int, seed: int) -> str:
         """What the first `total` samples of training are, for people."""
-        seen = self.plan(seed, 1).seen(total)
+        plan = self.plan(seed, 1)
         rows = [("source", "samples", "weight", "share", f"of {total:,}", "epochs")]
-        for name, source, weight, count in zip(self.names, self.sources, self.weights, seen, strict=True):
-            share, epochs = f"{count / total:.1%}", f"{count / len(source):.2f}"
+        columns = self.names, self.sources, self.weights, plan.seen(plan.block), plan.seen(total)
+        for name, source, weight, quota, count in zip(*columns, strict=True):
+            share, epochs = f"{quota / plan.block:.1%}", f"{count / len(source):.2f}"
             rows.append((name, f"{len(source):,}", f"{weight:g}", share, f"{count:,}", epochs))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 BLOCK = 1024  # neighbouring samples read together where there are no shards
 WINDOW = 100_000  # samples
-MIX = 10_000  # positions, at most, in which every source of a mixture has its exact share
+MIX_LEAST, MIX_MOST = 100, 10_000  # positions in which every source of a mixture has its exact share
 NEAR_TRIES = 10  # replacements in a row from the same window, before they may come from anywhere
 ORDER, SAMPLE, AUGMENT, SHARDS, SOURCES = range(5)  # streams of random numbers
 _KEPT = 2  # windows, epochs and blocks remembered: a batch may stand across the border of two
@@ -176,7 +176,7 @@ class Mix:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """Positions of each source in a block: exact for weights such as 2, 1, 0.5, else MIX by largest remainder.
+    """Positions of each source in a block, which is short where the weights allow, and by largest remainder at worst.
 
     ValueError: a weight so small that its source would never be seen.
     """
@@ -184,7 +184,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
     scale = math.lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
     total = sum(whole) // math.gcd(*whole)
-    size = MIX - MIX % total if total <= MIX else MIX
+    size = min(total * max(1, MIX_LEAST // total), MIX_MOST)
     shares = [Fraction(weight * size, sum(whole)) for weight in whole]
     found = [int(share) for share in shares]
     most = sorted(range(len(found)), key=lambda source: found[source] - shares[source])

@@ -22,6 +22,7 @@ from vlm.data.cache import Cache, default_folder
 from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
 from vlm.data.image import Augment, ImageTransform
 from vlm.data.loader import Loader
+from vlm.data.mixture import Mixture
 from vlm.data.pictures import Pictures
 from vlm.data.sources import open_pictures
 from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
@@ -46,6 +47,7 @@ from vlm.nn.retention import Decay, Retention
 from vlm.nn.rotary import Rotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Spec = str | list[str] | list[schema.MixedSource]
 
 
 def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
@@ -251,14 +253,35 @@ def transform(run: schema.Run, model: VisionLanguageModel, source: Pictures) -> 
     return source.info
 
 
-def shards(settings: schema.PairData, spec: str | list[str]) -> Pictures:
-    """An index over tar shards of pictures or features, or over what else `spec` names."""
+def shards(settings: schema.PairData, spec: Spec) -> Pictures:
+    """An index over tar shards of pictures or features, over what else `spec` names, or over a mixture of sources."""
+    if isinstance(spec, list) and (mixed := [part for part in spec if isinstance(part, schema.MixedSource)]):
+        return _mixture(settings, mixed)
+    names = spec if isinstance(spec, str) else [name for name in spec if isinstance(name, str)]
     cache = shard_cache(settings)
-    if (features := open_features(spec, settings.max_bad_fraction, cache)) is not None:
+    if (features := open_features(names, settings.max_bad_fraction, cache)) is not None:
         return features
     return open_pictures(
-        spec, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction, cache
+        names, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction, cache
     )
+
+
+def _mixture(settings: schema.PairData, parts: list[schema.MixedSource]) -> Mixture:
+    sources, problems = list[Pictures](), list[str]()
+    for number, part in enumerate(parts):
+        own = part.model_dump(include={"images", "image", "caption", "id"}, exclude_none=True)
+        try:
+            source = shards(settings.model_copy(update=own), part.source)
+        except ValueError as error:
+            problems.append(f"data.train.{number}: {error}")
+            continue
+        if isinstance(source, FeatureShards):
+            problems.append(f"data.train.{number}: {source.folder} holds features; a mixture is of pictures")
+        sources.append(source)
+    if problems:
+        raise ValueError("\n".join(problems))
+    names = [part.source if isinstance(part.source, str) else ", ".join(part.source) for part in parts]
+    return Mixture(sources, names, [part.weight for part in parts], settings.max_bad_fraction)
 
 
 def shard_cache(settings: schema.PairData) -> Cache:
@@ -293,6 +316,7 @@ def training_loader(
         seed=run.train.seed,
         workers=data.workers,
         cache_mb=data.cache_mb,
+        window=data.shuffle_window,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny import LANGUAGE, QFORMER, TEXT, settings, write_config
 from vlm.config.load import ConfigError, dump, load
-from vlm.config.schema import Run
+from vlm.config.schema import MixedSource, Run
 
 SILENT = {**QFORMER, "text": False}
 
@@ -100,6 +100,7 @@ def test_all_misfits_at_once(tmp_path: Path) -> None:
         ("data.workers=-1", "data.workers: must be at least 0, got -1"),
         ("data.max_bad_fraction=2", "data.max_bad_fraction: must be at most 1, got 2"),
         ("data.augment.hue=0.7", "data.augment.hue: must be at most 0.5, got 0.7"),
+        ("data.shuffle_window=0", "data.shuffle_window: must be more than 0, got 0"),
         ("losses.0.weight=0", "losses.0.weight: must be more than 0, got 0"),
         ("losses=[]", "losses: must have at least 1 items, got 0"),
         ("model.vision.kind=clip", "model.vision.kind: no kind 'clip' (did you mean 'open_clip'?); there are"),
@@ -125,3 +126,45 @@ def test_dump_reads_back(tmp_path: Path) -> None:
     run = load(Run, config(tmp_path), ["data.augment.scale=[0.5, 1]", "train.params=[{match: '.*', lr: 1e-4}]"])
     (tmp_path / "again.yaml").write_text(dump(run), encoding="utf-8")
     assert load(Run, tmp_path / "again.yaml") == run
+
+
+def test_mixture(tmp_path: Path) -> None:
+    sources = "data.train=[{source: a}, {source: [b.tar, c.tar], weight: 2, caption: json:said, id: picture}]"
+    run = load(Run, config(tmp_path), [sources, "data.train.0.weight=0.5"])
+    first, second = run.pairs.train
+    assert isinstance(first, MixedSource) and isinstance(second, MixedSource)
+    assert (first.source, first.weight, first.caption) == ("a", 0.5, None)
+    assert (second.source, second.weight, second.caption, second.id) == (["b.tar", "c.tar"], 2, "json:said", "picture")
+    (tmp_path / "again.yaml").write_text(dump(run), encoding="utf-8")
+    assert load(Run, tmp_path / "again.yaml") == run
+
+
+def test_mistakes_in_a_mixture_at_once(tmp_path: Path) -> None:
+    sources = "[{source: a, weight: 0}, {weight: 2, captoin: txt}, b, {source: 7, zzz: 1}]"
+    assert mistakes(config(tmp_path), f"data.train={sources}", "train.steps=0") == [
+        "data.train.0.weight: must be more than 0, got 0",
+        "data.train.1.source: not set, and it has no default",
+        "data.train.1.captoin: no such setting (did you mean 'caption'?)",
+        "data.train.2: expected a mapping, got 'b'",
+        "data.train.3.source: expected text, got 7; or expected a list, got 7",
+        "data.train.3.zzz: no such setting; there are: source, weight, images, image, caption, id",
+        "train.steps: must be more than 0, got 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=7", ["data.train: expected text, got 7; or expected a list, got 7"]),
+        (
+            "data.train={source: a}",
+            ["data.train: expected text, got a mapping; or expected a list, got a mapping"],
+        ),
+        (
+            "data.val=[{source: a}]",
+            ["data.val: expected text, got a list", "data.val.0: expected text, got a mapping"],
+        ),
+    ],
+)
+def test_what_is_no_mixture(tmp_path: Path, override: str, expected: list[str]) -> None:
+    assert mistakes(config(tmp_path), override) == expected

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 _EXPECTED = {
@@ -108,7 +108,9 @@ def _descend(annotation: Any, step: int | str) -> tuple[bool, Any]:
     """Whether the user sees this step, and the type below it (Any where it is not known)."""
     members = _members(annotation)
     if len(members) > 1:
-        return False, next((member for member in members if step in (*_kind(member), _name(member))), Any)
+        return False, next(
+            (member for member in members if step in (*_kind(member), _tag(member) or _name(member))), Any
+        )
     only, arguments = members[0], get_args(members[0])
     if _is_model(only):
         field = only.model_fields.get(str(step))
@@ -122,12 +124,17 @@ def _descend(annotation: Any, step: int | str) -> tuple[bool, Any]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The alternatives of a type, without None; the type alone when it is no union."""
+    """The alternatives of a type, without None, those with a tag whole; the type alone when it is no union."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) not in (Union, UnionType):
         return [annotation]
-    return [part for member in get_args(annotation) if member is not type(None) for part in _members(member)]
+    alternatives = [member for member in get_args(annotation) if member is not type(None)]
+    return [part for member in alternatives for part in ([member] if _tag(member) else _members(member))]
+
+
+def _tag(annotation: Any) -> str:
+    return next((part.tag for part in getattr(annotation, "__metadata__", ()) if isinstance(part, Tag)), "")
 
 
 def _is_model(annotation: Any) -> bool:

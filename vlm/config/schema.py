@@ -7,7 +7,7 @@ is derived in `vlm.build` and has no setting.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from vlm.config.language import TransformerLanguage
 from vlm.config.section import BelowOne, Fraction, Positive, Section, usually
@@ -155,14 +155,32 @@ class Augment(Section):
     erase_area: tuple[Fraction, Fraction] = Field((0.02, 0.2), description="of the picture, in one random colour")
 
 
+class MixedSource(Section):
+    """One source of a mixture; what is not given is as in `data`."""
+
+    source: str | list[str] = Field(description="as data.train of one source")
+    weight: float = Field(1.0, gt=0, description="its share of the samples, beside the other weights")
+    images: str | None = None
+    image: str | None = None
+    caption: str | None = None
+    id: str | None = None
+
+
+def _form(value: Any) -> str:
+    mixed = isinstance(value, list) and any(isinstance(item, dict | MixedSource) for item in value)
+    return "mixture" if mixed else "one"
+
+
 class PairData(Section):
     """Pictures with captions: where they come from and what is made of them."""
 
     kind: Literal["pairs"] = "pairs"
-    train: str | list[str] = Field(
+    train: Annotated[
+        Annotated[str | list[str], Tag("one")] | Annotated[list[MixedSource], Tag("mixture")], Discriminator(_form)
+    ] = Field(
         description="shards: a folder, a glob, braces {000..009}, or a list of these; or a folder of pictures and "
         ".txt, a table (CSV, TSV, JSON lines, Parquet), COCO, Karpathy (file.json#split) or LLaVA JSON; tars also by "
-        "address: https://…/{000..099}.tar, s3://…"
+        "address: https://…/{000..099}.tar, s3://…; or a mixture: a list of {source: …, weight: …}"
     )
     val: str | list[str] | None = None
     images: str | None = Field(None, description="folder that a table's paths are relative to; its own unless given")
@@ -175,6 +193,9 @@ class PairData(Section):
     )
     prompt: str = Field("{image}{text}", description="how image and caption stand in the language model's text")
     max_tokens: Positive = Field(32, description="longest text; captions are cut, image tokens never")
+    shuffle_window: Positive = Field(
+        100_000, description="samples of training that are mixed at a time, at least a shard; little else is read then"
+    )
     captions_per_image: Positive = Field(1, description="drawn anew for each sample of a batch")
     keep_first_caption: bool = Field(False, description="the first caption is always among those drawn")
     augment: Augment | None = None

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vlm.data.cache import TAG, Cache, alone, used
+from vlm.data.plan import Indices
 from vlm.data.record import Record
 from vlm.data.remote import Place, Stamp, opened
 from vlm.data.tar import groups
@@ -80,6 +81,11 @@ class Index:
     @cached_property
     def _samples(self) -> list[int]:
         return [int(count) for count in self.shards[:, 0]]
+
+    @property
+    def starts(self) -> Indices:
+        """The first sample of each shard."""
+        return np.concatenate([[0], self.shards[:-1, 0]]).astype(np.int64)
 
     def shard(self, index: int) -> int:
         """Number of a sample's shard."""

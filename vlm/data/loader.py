@@ -9,43 +9,27 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.batch import Batch, collate
 from vlm.data.features import Transform
 from vlm.data.image import Augment, BadSample
+from vlm.data.mixture import Mixture
 from vlm.data.pictures import Pictures
+from vlm.data.plan import AUGMENT, SAMPLE, WINDOW, Order, Plan, randomness
 from vlm.data.shards import Sample, check_bad
 from vlm.data.text import Tokenizer
 
 MAX_TRIES = 100  # replacements in a row for one bad sample
 MAX_WARNINGS = 10  # bad samples that are named in the log; the rest are only counted
-_ORDER, _SAMPLE, _AUGMENT = range(3)  # streams of random numbers
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-def _random(seed: int, stream: int, *place: int) -> np.random.Generator:
-    """Independent generator of a place: Philox (Salmon et al. 2011) counts, it has no state to carry along."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, *place, *[0] * (3 - len(place))]))
-
-
-def order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of an epoch: a permutation of 0..count-1."""
-    return _random(seed, _ORDER, epoch).permutation(count).astype(np.int64, copy=False)
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    return order(count, seed, epoch)
 
 
 @dataclass(frozen=True)
@@ -76,6 +60,7 @@ class Loader:
 
     `captions_per_image`: captions drawn per sample in training, the first ones in evaluation; 0: all of them.
     `keep_first`: the first caption of a sample is always among those drawn.
+    `window`: samples that are mixed in training, see `Order`; not `shuffle`: in the order of the shards.
     `cache_mb`: memory for decoded pictures, shared out among `workers`; what does not fit is decoded anew each time.
     `bad` counts the unusable samples met so far by reason; above the shards' `max_bad_fraction` of them: ValueError.
     """
@@ -97,11 +82,13 @@ class Loader:
         workers: int = 0,
         cache_mb: int = 0,
         shuffle: bool = True,
+        window: int = WINDOW,
     ) -> None:
         """Nothing is read before the first batch."""
         numbers = {"captions_per_image": captions_per_image, "workers": workers, "cache_mb": cache_mb}
-        for name, value in ({"batch_size": batch_size} | numbers).items():
-            if value < (least := int(name == "batch_size")):
+        positive = {"batch_size": batch_size, "window": window}
+        for name, value in (positive | numbers).items():
+            if value < (least := int(name in positive)):
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed}: must be from 0 to 2**63 - 1")
@@ -110,18 +97,23 @@ class Loader:
         self.captions_per_image, self.keep_first = captions_per_image, keep_first
         self.augment, self.seed = augment, seed
         self.workers, self.shuffle = workers, shuffle
-        self.steps_per_epoch = len(shards) // batch_size
+        self.steps_per_epoch = -(-len(shards) // batch_size)
+        self._plan: Plan = (
+            shards.plan(seed, window)
+            if isinstance(shards, Mixture)
+            else Order(shards.starts, len(shards), seed, window)
+        )
         self.bad: Counter[str] = Counter()
         self._seen = 0
         self._cache: dict[int, Sample] = {}
         self._room = cache_mb * 2**20 // max(1, workers)
 
     def train(self, numbers: Iterable[int]) -> Iterator[Batch]:
-        """Finished batches by their numbers in the stream, augmented by draws of (seed, number)."""
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"batch_size={self.batch_size} exceeds the {len(self.shards)} usable samples; make it smaller"
-            )
+        """Finished batches by their numbers in the stream, augmented by draws of (seed, number).
+
+        A batch may hold the end of one epoch and the start of the next.
+        """
+        self._plan.refuse_batch(self.batch_size)
         return self._batches(self._train_step, numbers)
 
     def once(self, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
@@ -168,15 +160,14 @@ class Loader:
         check_bad(self.bad, self._seen, self.shards.max_bad_fraction, str(self.shards.files[0]))
 
     def _train_step(self, step: int) -> _Work:
-        epoch, within = divmod(step, self.steps_per_epoch)
         bad: list[tuple[str, str]] = []
-        places = range(within * self.batch_size, (within + 1) * self.batch_size)
-        batch = self._collate([self._draw(epoch, place, bad) for place in places])
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        batch = self._collate([self._draw(position, bad) for position in positions])
         pixels = batch.pixels
         if self.augment is not None:
-            seed = int(_random(self.seed, _AUGMENT, step).integers(2**63))
+            seed = int(randomness(self.seed, AUGMENT, step).integers(2**63))
             pixels = self.augment(pixels, torch.Generator().manual_seed(seed))
-        return _Work(replace(batch, images=self.transform.normalize(pixels)), bad, len(places) + len(bad))
+        return _Work(replace(batch, images=self.transform.normalize(pixels)), bad, len(positions) + len(bad))
 
     def _once_step(self, step: int) -> _Work:
         bad: list[tuple[str, str]] = []
@@ -191,19 +182,18 @@ class Loader:
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples, self.tokenizer, self.max_tokens, self.template, self.image_tokens)
 
-    def _draw(self, epoch: int, place: int, bad: list[tuple[str, str]]) -> Sample:
-        """The sample of a place in the epoch with its captions drawn; a bad one is replaced by another drawn for it."""
-        count = len(self.shards)
-        for attempt in range(MAX_TRIES):
-            random = _random(self.seed, _SAMPLE, epoch, place, attempt)
-            if attempt:
-                index = int(random.integers(count))
-            else:
-                index = int(_order(count, self.seed, epoch)[place]) if self.shuffle else place
+    def _draw(self, position: int, bad: list[tuple[str, str]]) -> Sample:
+        """The sample of a position with its captions drawn; a bad one is replaced by another drawn for it."""
+        index = self._plan(position) if self.shuffle else position % len(self.shards)
+        for attempt in range(1, MAX_TRIES + 1):
+            random = randomness(self.seed, SAMPLE, position, attempt)
             sample = self._sample(index, bad)
             if sample is not None:
                 return replace(sample, captions=self._pick(sample.captions, random))
-        raise ValueError(f"{self.shards.where(index)}: unusable, and so were {MAX_TRIES - 1} others tried in its place")
+            unusable, index = index, self._plan.instead(position, attempt, random)
+        raise ValueError(
+            f"{self.shards.where(unusable)}: unusable, and so were {MAX_TRIES - 1} others tried in its place"
+        )
 
     def _pick(self, captions: list[str], random: np.random.Generator) -> list[str]:
         fixed = captions[:1] if self.keep_first else []

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vlm.data.batch import Text
-from vlm.data.loader import order
+from vlm.data.plan import Order, blocks
 from vlm.data.text import Tokenizer
 from vlm.nn.tokens import IGNORE
 
@@ -32,7 +31,6 @@ _FORMAT = b"vlm packed ids 1"  # another number whenever the same documents woul
 
 log = logging.getLogger(__name__)
 Ids = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-_order = lru_cache(maxsize=4)(order)
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class PackedLoader:
             raise ValueError(f"length={length}: the text has only {len(ids)} tokens, not one block; make it smaller")
         self.ids, self.length, self.batch_size, self.seed = ids, length, batch_size, seed
         self.steps_per_epoch = -(-self.blocks // batch_size)
+        self._order = Order(blocks(self.blocks), self.blocks, seed)
 
     def train(self, numbers: Iterable[int]) -> Iterator[Text]:
         """Batches by their numbers in a stream without end.
@@ -100,15 +99,12 @@ class PackedLoader:
         """
         for step in numbers:
             places = range(step * self.batch_size, (step + 1) * self.batch_size)
-            yield self._batch([self._draw(*divmod(place, self.blocks)) for place in places])
+            yield self._batch(map(self._order, places))
 
     def once(self, rank: int = 0, ranks: int = 1) -> Iterator[Text]:
         """Every block once, in the order of the text; the last batch may have fewer. `rank`, `ranks`: see `Loader`."""
         for first in range(rank * self.batch_size, self.blocks, ranks * self.batch_size):
             yield self._batch(range(first, min(first + self.batch_size, self.blocks)))
-
-    def _draw(self, epoch: int, place: int) -> int:
-        return int(_order(self.blocks, self.seed, epoch)[place])
 
     def _batch(self, blocks: Iterable[int]) -> Text:
         rows = [self.ids[block * self.length : (block + 1) * self.length] for block in blocks]

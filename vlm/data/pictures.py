@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vlm.data.image import BadSample
+from vlm.data.plan import Indices
 from vlm.data.record import MAX_BYTES
 from vlm.data.remote import Place
 from vlm.data.shards import RawSample
@@ -27,6 +28,11 @@ class Pictures(Protocol):
     @property
     def files(self) -> Sequence[Place]:
         """What it is read from."""
+        ...
+
+    @property
+    def starts(self) -> Indices:
+        """The first sample of each file, or of each block where samples are files: what is read together."""
         ...
 
     def __len__(self) -> int:

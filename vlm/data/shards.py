@@ -19,6 +19,7 @@ from vlm.data.cache import Cache
 from vlm.data.fetch import is_address
 from vlm.data.image import BadSample
 from vlm.data.index import Facts, kept
+from vlm.data.plan import Indices
 from vlm.data.record import MAX_BYTES, Record
 from vlm.data.remote import Place, Remote, at_hand, find, opened
 
@@ -144,6 +145,11 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def starts(self) -> Indices:
+        """The first sample of each shard; one without samples begins where the next does."""
+        return self._index.starts
 
     def key(self, index: int) -> str:
         """Name of the sample: its members' common name, folders included."""

@@ -12,6 +12,7 @@ from vlm.data.captions import Captions, clean_captions, find_captions, json_fiel
 from vlm.data.fetch import is_address
 from vlm.data.image import BadSample
 from vlm.data.pictures import PICTURES, Folder, Pictures, Record, Records, picture_key
+from vlm.data.plan import Indices, blocks
 from vlm.data.shards import RawSample, Shards, check_bad, expand
 from vlm.data.source_json import Conversations, json_records, talks
 from vlm.data.source_parquet import Parquet
@@ -140,6 +141,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def starts(self) -> Indices:
+        """Of neighbouring records."""
+        return blocks(len(self))
 
     def key(self, index: int) -> str:
         """Name of the sample; its number where the record has none."""

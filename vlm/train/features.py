@@ -21,6 +21,7 @@ from vlm.config.load import load
 from vlm.data.features import SUFFIX, FeatureDtype, FeatureInfo, FeatureShards
 from vlm.data.image import BadSample, ImageTransform
 from vlm.data.loader import in_order
+from vlm.data.mixture import Mixture
 from vlm.data.pictures import Pictures
 from vlm.data.shards import check_bad
 from vlm.data.tars import Names, Tars, check_out, drafted, write_index
@@ -49,12 +50,14 @@ def features(
     data, vision = run.pairs, run.model.vision
     assert vision is not None
     _refuse(run)
-    specs = {"train": data.train} | ({} if data.val is None else {"val": data.val})
+    specs: dict[str, build.Spec] = {"train": data.train} | ({} if data.val is None else {"val": data.val})
     for name in specs:
         check_out(out / name, overwrite)
     sources = {name: build.shards(data, spec) for name, spec in specs.items()}
     if finished := [name for name, source in sources.items() if isinstance(source, FeatureShards)]:
         raise ValueError(f"data.{finished[0]}: holds features already; name the pictures")
+    if isinstance(sources["train"], Mixture):
+        raise ValueError("data.train: a mixture, whose weights features would lose; name one source, data.train=SOURCE")
     model = VisionLanguageModel(build.image_encoder(vision))
     source = run.model.init.get("vision")
     only = {} if source is None else {"vision": source}

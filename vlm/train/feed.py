@@ -14,6 +14,7 @@ from vlm.config import schema
 from vlm.data.batch import Batch, Text
 from vlm.data.documents import Documents
 from vlm.data.loader import Loader
+from vlm.data.mixture import Mixture
 from vlm.data.pack import PackedLoader, pack
 from vlm.data.pictures import Pictures
 from vlm.data.sources import Source
@@ -69,6 +70,9 @@ class PairFeed:
         """Errors: names that lead to no shard or source."""
         self._run, self._data = run, data
         self._shards = _opened(data, data.train)
+        if isinstance(self._shards, Mixture):
+            train = run.train
+            note(self._shards.table(train.steps * train.accumulate * train.batch_size, train.seed))
         self._loader: Loader | None = None
         self.texts = run.train.batch_size * data.captions_per_image
 
@@ -96,11 +100,12 @@ class PairFeed:
         return Counter() if self._loader is None else self._loader.bad
 
 
-def _opened(data: schema.PairData, spec: str | list[str]) -> Pictures:
+def _opened(data: schema.PairData, spec: build.Spec) -> Pictures:
     """The pictures, with a word on how a source that is no shard was understood."""
     pictures = build.shards(data, spec)
-    if isinstance(pictures, Source):
-        note(pictures.about)
+    for source in pictures.sources if isinstance(pictures, Mixture) else [pictures]:
+        if isinstance(source, Source):
+            note(source.about)
     return pictures
 
 

@@ -78,12 +78,12 @@ def _train(run: schema.Run, out: Path, resume: bool, title: str, later: float, w
     try:
         job.fit(title, later)
     except Interrupted as stop:
-        job.say(
+        note(
             f"{title}: stopped and saved at step {stop.step}; go on with: vlm train {out / CONFIG} --out {out} --resume"
         )
         raise leave(stop.number) from None
     if bad := job.bad():
-        job.say("unusable samples: " + ", ".join(f"{count} x {reason}" for reason, count in bad.most_common()))
+        note("unusable samples: " + ", ".join(f"{count} x {reason}" for reason, count in bad.most_common()))
 
 
 def check_processes(train: schema.Train, count: int) -> None:
@@ -130,9 +130,9 @@ class Job:
         self.precision = build.precision(run, world.device)
         model = build.model(run, tokenizer)
         for line in initialise(model, run, out):
-            self.say(line)
+            note(line)
         decided = assign(model, rules(run), frozen_parts(run))
-        self.say(render(table(model, decided)))
+        note(render(table(model, decided)))
         self.stored = checkpoint.divide(model, sourced_parts(run))
         self.start, self.best, self.progress = 0, math.inf, Progress()
         self.pending: dict[str, Any] | None = None
@@ -150,11 +150,6 @@ class Job:
             checkpoint.load_optimizer(saved, model, self.optimizer)
             if self.average is not None:
                 self.average.load(saved / checkpoint.AVERAGE)
-
-    def say(self, text: str) -> None:
-        """One line for people, once for all processes."""
-        if self.world.first:
-            note(text)
 
     def bad(self) -> Counter[str]:
         """Unusable samples of all processes, by reason; all must ask."""
@@ -217,7 +212,7 @@ class Job:
         self.best = math.inf if state["lowest"] is None else state["lowest"]
         self.progress, self.pending = Progress(**state["progress"]), state["log"]
         self.health.take_up(state["experts"])
-        self.say(f"resuming {self.out} at step {self.start}")
+        note(f"resuming {self.out} at step {self.start}")
         return chosen
 
     def _open(self, model: VisionLanguageModel, folder: Path) -> tuple[Train, Once | None]:

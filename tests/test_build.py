@@ -147,7 +147,7 @@ def test_every_mix_takes_a_training_step(tmp_path: Path, mix: str) -> None:
     given["model"] = {"vision": given["model"]["vision"], "embed_dim": 16, **model}
     given["losses"] = losses
     made = Made(load(Run, write_config(tmp_path / "run.yaml", given)))
-    batch = next(made.loader.train())
+    batch = next(made.loader.train()).to("cpu")
     before = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
     first, norm = one_step(made.task, [batch], made.optimizer, 1.0, torch.float32)
     assert set(first) == {loss["kind"] for loss in losses}

@@ -24,7 +24,8 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from tests.bench.side_by_side import alternate, table
-from vlm.data.image import Augment, ImageTransform
+from vlm.data.augment import Augment
+from vlm.data.image import ImageTransform
 from vlm.data.loader import Loader
 from vlm.data.shards import Shards
 from vlm.data.text import clip_tokenizer

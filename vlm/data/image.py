@@ -5,6 +5,7 @@ Letters: H height, W width; h, w: of a picture as decoded.
 
 import io
 import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no EPS or the like: some of them start programs
 MAX_ASPECT = 200  # resized to a square's height, a longer sliver would need gigabytes
+HUGE = 2**24  # bytes, from which on huge pages are asked for
 TRAITS = ("grey", "palette", "CMYK", "alpha", "16 bit", "float", "turned by EXIF", "animated")
 
 _TURN = {
@@ -141,6 +143,20 @@ def as_pixels(rgb: Image.Image) -> UInt8[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
+def fresh(like: Tensor) -> Float[Tensor, "..."]:
+    """Memory for float32 of the shape of `like`, to be written.
+
+    What is too large for the allocator to keep comes from the system page by page, which takes three times as long as
+    the arithmetic of a batch: there are huge pages for that.
+    """
+    size = like.numel() * 4
+    if like.device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(like.shape, device=like.device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # goes with the tensor
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).view(like.shape)
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Resize, crop and normalise as an encoder was trained: as the PIL pipelines of timm and open_clip.
@@ -174,7 +190,8 @@ class ImageTransform:
         """All of it at another size; PIL's filter in whole numbers, several times faster where channels lie last."""
         if size == tuple(pixels.shape[1:]):
             return pixels
-        return functional.interpolate(pixels[None], size, mode=self.interpolation, antialias=True)[0]
+        given = pixels[None].contiguous(memory_format=torch.channels_last)  # interpolate itself would be slower at it
+        return functional.interpolate(given, size, mode=self.interpolation, antialias=True)[0]
 
     def normalize(self, pixels: Tensor) -> Float[Tensor, "*B 3 H W"]:
         """Any uint8 or float ... 3 H W of 0..255, to mean 0 and deviation 1 where the encoder was trained.
@@ -183,7 +200,7 @@ class ImageTransform:
         """
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
-        return pixels.to(torch.float32, copy=True).sub_(mean * 255).mul_(1 / (std * 255))
+        return fresh(pixels).copy_(pixels).sub_(mean * 255).mul_(1 / (std * 255))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         """Picture to normalised tensor."""

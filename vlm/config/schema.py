@@ -181,7 +181,7 @@ class PairData(Section):
         False, description="large JPEGs of training decoded at 1/2 to 1/8 of their size: faster, and a little different"
     )
     workers: Annotated[int, Field(ge=0)] = 0
-    cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images")
+    cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images; uncut where augment cuts")
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the samples than this are unusable")
 
 

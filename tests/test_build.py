@@ -146,7 +146,7 @@ def test_every_mix_takes_a_training_step(tmp_path: Path, mix: str) -> None:
     given["model"] = {"vision": given["model"]["vision"], "embed_dim": 16, **model}
     given["losses"] = losses
     made = Made(load(Run, write_config(tmp_path / "run.yaml", given)))
-    batch = next(made.loader.train([0]))
+    batch = next(made.loader.train([0])).to("cpu")
     before = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
     first, norm = made.step([batch], 1.0)
     assert set(first) == {loss["kind"] for loss in losses}

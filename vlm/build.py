@@ -18,9 +18,10 @@ from vlm.config.language import (
     RetentionMixer,
     TransformerLanguage,
 )
+from vlm.data.augment import Augment
 from vlm.data.cache import Cache, default_folder
 from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
-from vlm.data.image import Augment, ImageTransform
+from vlm.data.image import ImageTransform
 from vlm.data.loader import Loader
 from vlm.data.mixture import Mixture
 from vlm.data.pictures import Pictures

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from vlm.data.image import Augment, affine, resample, turn_hue
+from vlm.data.augment import Augment, affine, resample, turn_hue
 
 ALL = Augment(
     scale=(0.5, 1.2),
@@ -52,7 +52,7 @@ def test_draws_do_not_depend_on_what_else_is_on() -> None:
 
 def test_batch_in_parts_equals_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _apply(ALL, _batch())
-    monkeypatch.setattr("vlm.data.image._PART", 1000)
+    monkeypatch.setattr("vlm.data.augment._PART", 1000)
     assert torch.allclose(_apply(ALL, _batch()), whole, atol=1e-4)
 
 

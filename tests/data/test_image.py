@@ -19,7 +19,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from vlm.data.image import BadSample, ImageTransform, decode
+from vlm.data.image import HUGE, BadSample, ImageTransform, decode
 
 
 def _bytes(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -257,8 +257,8 @@ def test_a_photograph_s_pixels_are_open_clip_s_to_a_hundredth_of_a_level() -> No
     scaled = replace(ours, scaled=True)
     quick = scaled.normalize(scaled.read(file.getvalue()))
     assert 0.01 < _levels(ours, quick, expected).mean() <= 2
-    assert decode(file.getvalue(), least=224).size == (320, 240)
-    assert decode(file.getvalue(), least=300).size == (640, 480)
+    assert decode(file.getvalue(), least=lambda width, height: 224).size == (320, 240)
+    assert decode(file.getvalue(), least=lambda width, height: 300).size == (640, 480)
 
 
 def test_normalize_leaves_its_input_and_takes_batches() -> None:
@@ -269,3 +269,16 @@ def test_normalize_leaves_its_input_and_takes_batches() -> None:
     assert torch.equal(pixels, before) and torch.equal(floats, before.float())
     expected = (pixels[1, 2, 0, 0].item() / 255 - 0.3) / 0.4
     assert transform.normalize(pixels)[1, 2, 0, 0].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_normalized_batches_of_any_size_are_their_pictures(count: int) -> None:
+    transform = ImageTransform((224, 224), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8)
+    found = transform.normalize(pixels)
+    assert (4 * pixels.numel() >= HUGE) == (count == 30) and found.is_contiguous()
+    mean, std = torch.tensor(transform.mean).view(3, 1, 1), torch.tensor(transform.std).view(3, 1, 1)
+    assert torch.allclose(found, (pixels / 255 - mean) / std, rtol=0, atol=1e-6)
+    again = transform.normalize(pixels)
+    found.zero_()  # memory of its own
+    assert torch.equal(again[0], transform.normalize(pixels[0]))

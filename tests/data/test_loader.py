@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.data.shard_files import numbered, picture, write
+from vlm.data.augment import Augment
 from vlm.data.batch import Batch
-from vlm.data.image import Augment, ImageTransform, decode
+from vlm.data.image import ImageTransform, decode
 from vlm.data.loader import Loader
 from vlm.data.shards import Shards
 from vlm.data.text import Tokenizer, train_bpe
@@ -52,16 +53,19 @@ def _assert_same(one: Batch, other: Batch) -> None:
         assert torch.equal(a, b)
 
 
-AUGMENT = Augment(scale=(0.5, 1.0), flip=True, brightness=0.3, contrast=0.3, erase=0.5)
+AUGMENT = Augment(scale=(0.5, 1.0), flip=True, brightness=0.3, contrast=0.3, erase=0.5)  # before and after resizing
+CUT = Augment(scale=(0.2, 1.0), ratio=0.3, flip=True)  # before it
+TURNED = Augment(scale=(0.5, 1.2), rotate=20.0, grey=0.3)  # after it
 
 
+@pytest.mark.parametrize("augment", [AUGMENT, CUT, TURNED], ids=["both", "cut", "turned"])
 @pytest.mark.parametrize(
     "options",
     [{"workers": 1}, {"workers": 2}, {"cache_mb": 1}, {"workers": 2, "cache_mb": 1}],
     ids=["one worker", "two workers", "cache", "two workers with cache"],
 )
-def test_step_is_all_that_matters(shards: Shards, bpe: Tokenizer, options: dict[str, int]) -> None:
-    common: dict[str, Any] = {"augment": AUGMENT, "seed": 3, "captions_per_image": 2}
+def test_step_is_all_that_matters(shards: Shards, bpe: Tokenizer, options: dict[str, int], augment: Augment) -> None:
+    common: dict[str, Any] = {"augment": augment, "seed": 3, "captions_per_image": 2}
     expected = list(itertools.islice(_loader(shards, bpe, **common).train(count()), 11))  # 4.8 steps an epoch
     for start in (0, 3, 4):
         got = itertools.islice(_loader(shards, bpe, **common, **options).train(count(start)), 11 - start)
@@ -93,14 +97,19 @@ def test_captions_are_drawn_evenly_and_without_repeats(shards: Shards, bpe: Toke
     assert len(next(_loader(shards, bpe, captions_per_image=9).train(count())).strings) == 15
 
 
-def test_training_batch_is_finished(shards: Shards, bpe: Tokenizer) -> None:
-    batch = next(_loader(shards, bpe).train(count()))
-    assert batch.images.dtype == torch.float32
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_are_bytes_until_they_are_where_they_are_used(shards: Shards, bpe: Tokenizer, workers: int) -> None:
+    batch = next(_loader(shards, bpe, workers=workers).train(count()))
+    assert batch.images.dtype == torch.uint8
     index = int(batch.keys[2][1:]) % 20 + 12 * (int(batch.keys[2][1:]) // 20)
-    assert torch.equal(batch.images[2], TRANSFORM(decode(shards.raw(index).image)))
-    augmented = next(_loader(shards, bpe, augment=AUGMENT).train(count()))
-    assert augmented.keys == batch.keys and augmented.strings == batch.strings
-    assert not torch.equal(augmented.images, batch.images)
+    there = batch.to("cpu")
+    assert torch.equal(there.images[2], TRANSFORM(decode(shards.raw(index).image)))
+    assert torch.equal(there.to("cpu").images, there.images)  # once is enough
+    cut = next(_loader(shards, bpe, workers=workers, augment=CUT).train(count()))
+    assert cut.images.dtype == torch.uint8
+    for changed in (cut, next(_loader(shards, bpe, workers=workers, augment=AUGMENT).train(count()))):
+        assert changed.keys == batch.keys and changed.strings == batch.strings
+        assert not torch.equal(changed.to("cpu").images, there.images)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -111,7 +120,7 @@ def test_once_is_everything_in_order(shards: Shards, bpe: Tokenizer, workers: in
         assert [len(batch.keys) for batch in batches] == [7, 7, 7, 3]
         assert [key for batch in batches for key in batch.keys] == [shards.key(i) for i in range(24)]
         assert [text for batch in batches for text in batch.strings] == list(shards.captions())
-    assert torch.equal(batches[0].images[0], TRANSFORM(decode(shards.raw(0).image)))
+    assert torch.equal(batches[0].to("cpu").images[0], TRANSFORM(decode(shards.raw(0).image)))
     first = next(_loader(shards, bpe, batch_size=100).once())
     assert first.strings == [shards.raw(i).captions[0] for i in range(24)]
 
@@ -177,6 +186,14 @@ def test_bad_samples_are_named_in_the_log(bpe: Tokenizer, tmp_path: Path, caplog
     list(_loader(shards, bpe).once())
     assert len(caplog.messages) == 10
     assert "s.tar: k00000: not an image (no JPEG, " in caplog.messages[0]
+
+
+def test_cache_of_whole_pictures_is_not_mistaken_for_that_of_finished_ones(shards: Shards, bpe: Tokenizer) -> None:
+    loader = _loader(shards, bpe, cache_mb=1, augment=CUT)
+    expected = [batch.images for batch in _loader(shards, bpe).once()]
+    for _ in range(2):
+        next(loader.train(count()))
+        assert all(torch.equal(a.images, b) for a, b in zip(loader.once(), expected, strict=True))
 
 
 def test_cache_is_bounded_and_spares_the_disk(shards: Shards, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

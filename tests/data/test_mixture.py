@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_what_is_unusable_is_summed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"workers": 1}, {"workers": 2, "cache_mb": 1}], ids=str)
 def test_shares_and_orders_in_batches(mixture: Mixture, bpe: Tokenizer, options: dict[str, int]) -> None:
     """Each source's samples come in the order of its own, and the stream is the same from any start."""
-    batches = list(itertools.islice(_loader(mixture, bpe, 4, seed=5).train(), 40))
+    batches = list(itertools.islice(_loader(mixture, bpe, 4, seed=5).train(count()), 40))
     keys = [key for batch in batches for key in batch.keys]
     assert Counter(key[0] for key in keys) == dict(zip("012", mixture.plan(5, 1).seen(160), strict=True))
     for number, source in enumerate(mixture.sources):
@@ -90,7 +91,7 @@ def test_bad_samples_are_replaced_from_the_same_source(mixture: Mixture, bpe: To
     spoilt = [sample | {"png": b"no picture"} if i % 3 == 0 else sample for i, sample in enumerate(numbered(0, 12))]
     sources = [Shards(str(write(tmp_path / "bad.tar", spoilt)), max_bad_fraction=1.0), mixture.sources[0]]
     loader = _loader(Mixture(sources, ["bad", "good"], [1.0, 1.0], 1.0), bpe, 8)
-    keys = [key for batch in itertools.islice(loader.train(), 20) for key in batch.keys]
+    keys = [key for batch in itertools.islice(loader.train(count()), 20) for key in batch.keys]
     assert Counter(key[0] for key in keys) == dict(zip("01", loader.shards.plan(0, 1).seen(160), strict=True))
     assert loader.bad["not an image"] > 20
 
@@ -111,7 +112,7 @@ def test_table(mixture: Mixture) -> None:
 
 def test_a_source_smaller_than_its_share_of_a_batch(mixture: Mixture, bpe: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"batch_size=36: data.train.0 has 15 usable samples, .* 18.0 of a batch"):
-        _loader(mixture, bpe, 36).train()
+        _loader(mixture, bpe, 36).train([0])
 
 
 def test_a_weight_that_never_counts(mixture: Mixture) -> None:
@@ -131,7 +132,7 @@ def test_shards_of_any_size(tmp_path: Path, bpe: Tokenizer) -> None:
     shards = Shards(str(tmp_path))
     assert shards.starts.tolist() == [0, 1, 8, 8] and len(shards) == 10 and not shards.bad
     for window in (1, 5, 100):
-        batches = list(itertools.islice(_loader(shards, bpe, 3, window=window).train(), 10))
+        batches = list(itertools.islice(_loader(shards, bpe, 3, window=window).train(count()), 10))
         keys = [key for batch in batches for key in batch.keys]
         for epoch in range(3):
             assert sorted(keys[10 * epoch : 10 * epoch + 10]) == [shards.key(index) for index in range(10)]
@@ -149,7 +150,7 @@ def test_a_window_keeps_to_its_shards(tmp_path: Path, bpe: Tokenizer) -> None:
     for number in range(8):
         write(tmp_path / f"{number}.tar", numbered(5 * number, 5))
     loader = _loader(Shards(str(tmp_path)), bpe, 10, window=10)
-    shards_of = [{int(key[1:]) // 5 for key in batch.keys} for batch in itertools.islice(loader.train(), 4)]
+    shards_of = [{int(key[1:]) // 5 for key in batch.keys} for batch in itertools.islice(loader.train(count()), 4)]
     assert [len(shards) for shards in shards_of] == [2] * 4 and set.union(*shards_of) == set(range(8))
 
 

@@ -74,7 +74,7 @@ def test_re_ranking_asks_what_was_trained(folder: Path) -> None:
     features = extract(model, loader, keep_tokens=True)
     image, text = torch.cartesian_prod(torch.arange(8), torch.arange(8)).unbind(1)
     (batch,) = loader.once()
-    seen = replace(model.see(batch.images), state=None).select(image)
+    seen = replace(model.see(batch.to("cpu").images), state=None).select(image)
     apart, together = model.match_logits(seen, batch.captions.select(text)).unbind(1)
     assert model.contrast is not None
     itc = model.contrast(model.embed_image(seen), model.embed_text(batch.captions))[torch.arange(64), text]

@@ -100,7 +100,7 @@ def test_the_checkpoint_before_too_many_bad_steps_is_whole(tmp_path: Path, monke
     original = run_module.begun
 
     def spoiled(batches):  # type: ignore[no-untyped-def]
-        return (with_nan(batch, 0) for batch in original(batches))
+        return (with_nan(batch.to("cpu"), 0) for batch in original(batches))  # floats from there on
 
     train_run(run, tmp_path / "whole")
     with monkeypatch.context() as patch:

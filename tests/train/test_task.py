@@ -121,7 +121,7 @@ def test_several_captions_of_one_image(tmp_path: Path) -> None:
     samples = [(f"{i}.{kind}", data) for i in range(4) for kind, data in (("png", picture("red")), ("txt", b"a\nb\nc"))]
     shards = pack(tmp_path / "squares.tar", samples)
     made = Made(tiny_run(tmp_path, "qformer", f"data.train={shards}", "data.captions_per_image=2"))
-    batch = next(made.loader.train([0]))
+    batch = next(made.loader.train([0])).to("cpu")
     assert batch.owner.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     losses = made.task(batch)
     losses.total.backward()

@@ -203,7 +203,7 @@ class PairData(Section):
         False, description="large JPEGs of training decoded at 1/2 to 1/8 of their size: faster, and a little different"
     )
     workers: Annotated[int, Field(ge=0)] = 0
-    cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images")
+    cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images; uncut where augment cuts")
     shard_cache: str | None = Field(
         None, description="folder of downloaded shards and of indices; $VLM_CACHE or ~/.cache/vlm/shards unless given"
     )

@@ -4,7 +4,7 @@ Letters: B images, M texts, T tokens, H height, W width.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
@@ -46,7 +46,7 @@ class Batch:
     """B images with M texts drawn from them; a text is positive for all images it describes, not only for its owner."""
 
     keys: list[str]  # B
-    images: Tensor | None  # B 3 H W: uint8 from `collate`, float (normalised) from the loader; B N C: finished features
+    images: Tensor | None  # B 3 H W: 0..255, uint8 unless a random change made it float; B N C: finished features
     image_ids: list[str]  # B: samples of equal id show the same thing
     owner: Int[Tensor, "M"]  # the image each text was drawn from
     strings: list[str]  # M
@@ -54,6 +54,7 @@ class Batch:
     prompts: Text | None
     positive: Bool[Tensor, "B M"]
     known: list[frozenset[str]] = field(default_factory=list)  # B: every caption of a sample, drawn or not
+    normalize: Callable[[Tensor], Tensor] | None = None  # what the encoder takes, from `images`; None: they are it
 
     @staticmethod
     def of_text(text: Text) -> "Batch":
@@ -74,10 +75,14 @@ class Batch:
         return self.images
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on another device."""
+        """The same on another device, where its pictures become what the encoder takes: bytes are moved sooner."""
+        images = None if self.images is None else self.images.to(device, non_blocking=True)
+        if images is not None and self.normalize is not None:
+            images = self.normalize(images)
         return replace(
             self,
-            images=None if self.images is None else self.images.to(device, non_blocking=True),
+            images=images,
+            normalize=None,
             owner=self.owner.to(device, non_blocking=True),
             captions=self.captions.to(device),
             prompts=None if self.prompts is None else self.prompts.to(device),

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vlm.data.augment import Augment, Cut
 from vlm.data.batch import Batch, collate
 from vlm.data.features import Transform
-from vlm.data.image import Augment, BadSample
+from vlm.data.image import BadSample, ImageTransform
 from vlm.data.mixture import Mixture
 from vlm.data.pictures import Pictures
 from vlm.data.plan import AUGMENT, SAMPLE, WINDOW, Order, Plan, randomness
@@ -62,6 +63,7 @@ class Loader:
     `keep_first`: the first caption of a sample is always among those drawn.
     `window`: samples that are mixed in training, see `Order`; not `shuffle`: in the order of the shards.
     `cache_mb`: memory for decoded pictures, shared out among `workers`; what does not fit is decoded anew each time.
+    They are kept as they are before anything random: at the encoder's size, or whole where parts of them are cut.
     `bad` counts the unusable samples met so far by reason; above the shards' `max_bad_fraction` of them: ValueError.
     """
 
@@ -95,7 +97,9 @@ class Loader:
         self.shards, self.transform, self.tokenizer, self.batch_size = shards, transform, tokenizer, batch_size
         self.max_tokens, self.template, self.image_tokens = max_tokens, template, image_tokens
         self.captions_per_image, self.keep_first = captions_per_image, keep_first
-        self.augment, self.seed = augment, seed
+        self.seed, self.cut, self.augment = seed, None, augment
+        if augment is not None and isinstance(transform, ImageTransform):
+            self.cut, self.augment = augment.split(transform)
         self.workers, self.shuffle = workers, shuffle
         self.steps_per_epoch = -(-len(shards) // batch_size)
         self._plan: Plan = (
@@ -105,7 +109,7 @@ class Loader:
         )
         self.bad: Counter[str] = Counter()
         self._seen = 0
-        self._cache: dict[int, Sample] = {}
+        self._cache: dict[tuple[int, bool], Sample] = {}
         self._room = cache_mb * 2**20 // max(1, workers)
 
     def train(self, numbers: Iterable[int]) -> Iterator[Batch]:
@@ -147,7 +151,7 @@ class Loader:
         for result in done:
             self._account(result)
             if result.batch is not None:
-                yield result.batch
+                yield replace(result.batch, normalize=self.transform.normalize)
 
     def _account(self, work: _Work) -> None:
         for reason, message in work.bad:
@@ -167,7 +171,7 @@ class Loader:
         if self.augment is not None:
             seed = int(randomness(self.seed, AUGMENT, step).integers(2**63))
             pixels = self.augment(pixels, torch.Generator().manual_seed(seed))
-        return _Work(replace(batch, images=self.transform.normalize(pixels)), bad, len(positions) + len(bad))
+        return _Work(replace(batch, images=pixels), bad, len(positions) + len(bad))
 
     def _once_step(self, step: int) -> _Work:
         bad: list[tuple[str, str]] = []
@@ -177,7 +181,7 @@ class Loader:
         if not found:
             return _Work(None, bad, len(indices))
         batch = self._collate([replace(sample, captions=sample.captions[: count or None]) for sample in found])
-        return _Work(replace(batch, images=self.transform.normalize(batch.pixels)), bad, len(indices))
+        return _Work(batch, bad, len(indices))
 
     def _collate(self, samples: list[Sample]) -> Batch:
         return collate(samples, self.tokenizer, self.max_tokens, self.template, self.image_tokens)
@@ -187,9 +191,11 @@ class Loader:
         index = self._plan(position) if self.shuffle else position % len(self.shards)
         for attempt in range(1, MAX_TRIES + 1):
             random = randomness(self.seed, SAMPLE, position, attempt)
-            sample = self._sample(index, bad)
+            sample = self._sample(index, bad, self.cut)
             if sample is not None:
-                return replace(sample, captions=self._pick(sample.captions, random))
+                captions = self._pick(sample.captions, random)
+                pixels = sample.pixels if self.cut is None else self.cut(sample.pixels, random)
+                return replace(sample, pixels=pixels, captions=captions)
             unusable, index = index, self._plan.instead(position, attempt, random)
         raise ValueError(
             f"{self.shards.where(unusable)}: unusable, and so were {MAX_TRIES - 1} others tried in its place"
@@ -201,13 +207,14 @@ class Loader:
         wanted = (self.captions_per_image or len(captions)) - len(fixed)
         return fixed + [others[i] for i in random.permutation(len(others))[:wanted].tolist()]
 
-    def _sample(self, index: int, bad: list[tuple[str, str]]) -> Sample | None:
-        """Decoded, with all its captions; None and an entry in `bad` when it cannot be used."""
-        if index in self._cache:
-            return self._cache[index]
+    def _sample(self, index: int, bad: list[tuple[str, str]], cut: Cut | None = None) -> Sample | None:
+        """Decoded (`cut`: to be cut), with all its captions; None and an entry in `bad` when it cannot be used."""
+        place = index, cut is not None
+        if place in self._cache:
+            return self._cache[place]
         try:
             raw = self.shards.raw(index)
-            pixels = self.transform.read(raw.image)
+            pixels = (cut or self.transform).read(raw.image)
         except BadSample as error:
             bad.append((error.reason, f"{self.shards.where(index)}: {error}"))
             return None
@@ -215,7 +222,7 @@ class Loader:
         size = pixels.nbytes + sum(map(len, raw.captions))
         if size <= self._room:
             self._room -= size
-            self._cache[index] = sample
+            self._cache[place] = sample
         return sample
 
 

@@ -65,8 +65,8 @@ def test_equal_names_are_two_pictures(mixture: Mixture, bpe: Tokenizer) -> None:
 
 def test_what_is_unusable_is_summed(tmp_path: Path) -> None:
     sources = []
-    for number, count in enumerate((2, 3)):
-        bad = [{"__key__": f"b{i}", "txt": "no picture"} for i in range(count)]
+    for number, many in enumerate((2, 3)):
+        bad = [{"__key__": f"b{i}", "txt": "no picture"} for i in range(many)]
         sources.append(Shards(str(write(tmp_path / f"{number}.tar", numbered(0, 9) + bad)), max_bad_fraction=0.5))
     mixture = Mixture(sources, ["a", "b"], [1.0, 1.0], 0.5)
     assert mixture.bad == {"no image": 5} and [file.name for file in mixture.files] == ["0.tar", "1.tar"]
@@ -126,9 +126,9 @@ def test_a_weight_that_never_counts(mixture: Mixture) -> None:
 def test_shards_of_any_size(tmp_path: Path, bpe: Tokenizer) -> None:
     """1, 7, 0 and 2 samples: an empty tar among others holds nothing up."""
     first = 0
-    for number, count in enumerate((1, 7, 0, 2)):
-        write(tmp_path / f"{number}.tar", numbered(first, count))
-        first += count
+    for number, many in enumerate((1, 7, 0, 2)):
+        write(tmp_path / f"{number}.tar", numbered(first, many))
+        first += many
     shards = Shards(str(tmp_path))
     assert shards.starts.tolist() == [0, 1, 8, 8] and len(shards) == 10 and not shards.bad
     for window in (1, 5, 100):

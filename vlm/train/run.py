@@ -1,6 +1,7 @@
 """`vlm train`: from a configuration to a trained run folder."""
 
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -64,6 +65,8 @@ def train_run(
         if int(os.environ.get("RANK", "0")) == 0:  # before the processes meet: what is refused here is said once
             check_folder(out, run, resume, overwrite)
             stack.enter_context(locked(out))
+        else:
+            logging.getLogger("vlm").setLevel(logging.ERROR)  # warnings are the first process's to say
         world = stack.enter_context(joined(run.train.timeout))
         go_on = bool(world.most(int(world.first and check_folder(out, run, resume, overwrite))))
         with exchanging():

@@ -83,7 +83,7 @@ def test_shares_and_orders_in_batches(mixture: Mixture, bpe: Tokenizer, options:
         own = [key for key in keys if key.startswith(f"{number}:")]
         assert own == [f"{number}:{source.key(order(position))}" for position in range(len(own))]
     for start in (0, 7, 29):
-        again = itertools.islice(_loader(mixture, bpe, 4, seed=5, **options).train(start), 3)
+        again = itertools.islice(_loader(mixture, bpe, 4, seed=5, **options).train(count(start)), 3)
         assert [b.keys for b in again] == [b.keys for b in batches[start : start + 3]]
 
 

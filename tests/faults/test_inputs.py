@@ -312,8 +312,8 @@ def test_a_checkpoint_that_does_not_fit(vlm: Commands, trained: Path, tmp_path: 
     copy = crafted(trained, tmp_path, "clip", change).relative_to(tmp_path)
     assert refused(vlm, tmp_path, "evaluate", "runs/clip", "squares.tar") == [
         f"vlm: {copy} does not fit the model of its config:",
-        "  missing: contrast.log_scale scalar",
-        "  not in the model: contrast.extra scalar",
+        "  missing: contrast.log_scale 1",
+        "  not in the model: contrast.extra 1",
         "  other shape: text.position is 7x24, the model's is 12x24",
     ]
 

@@ -149,5 +149,5 @@ def test_low_precision_logits_are_summed_in_fp32() -> None:
 
 
 def test_temperature_stops_at_a_hundred() -> None:
-    assert float(inverse_temperature(torch.tensor(math.log(1 / 0.07)))) == pytest.approx(1 / 0.07)
-    assert float(inverse_temperature(torch.tensor(9.0))) == pytest.approx(100.0)
+    assert float(inverse_temperature(torch.tensor([math.log(1 / 0.07)]))) == pytest.approx(1 / 0.07)
+    assert float(inverse_temperature(torch.tensor([9.0]))) == pytest.approx(100.0)

@@ -61,7 +61,7 @@ class Replicas(Passes):
         """All processes have equal weights already. `first`: a batch to see by whether a pass uses all parameters."""
         super().__init__(task, precision, world)
         some = bool(world.most(int(_some_idle(task, first.to(world.device), precision))))
-        self._ddp = DistributedDataParallel(task, find_unused_parameters=some, **_BUFFERS)
+        self._ddp = DistributedDataParallel(task, find_unused_parameters=some, gradient_as_bucket_view=True, **_BUFFERS)
         self._ddp.register_comm_hook(None, _sum)
 
     def __call__(self, batch: Batch, shares: dict[str, float], pull: Pulling | None, last: bool) -> Losses:
@@ -122,7 +122,9 @@ class Shards(Passes):
 
     def __call__(self, batch: Batch, shares: dict[str, float], pull: Pulling | None, last: bool) -> Losses:
         """As of `Passes`."""
-        self._root.set_requires_gradient_sync(last)
+        # Parts of gradients are summed up in every pass, for whole ones would take the room that the parts save;
+        # between machines (hsdp) once a step is enough.
+        self._root.set_requires_all_reduce(last)
         return super().__call__(batch, shares, pull, last)
 
     def forget(self) -> None:

@@ -126,9 +126,21 @@ def test_open_clip_vit() -> None:
 def test_open_clip_layer_is_that_blocks_output() -> None:
     encoder = from_open_clip(clip(), layer=-2).eval()
     block, found = hooked(encoder.backbone.visual.transformer.resblocks[-2], encoder, images(encoder))
-    torch.testing.assert_close(found, block)
+    torch.testing.assert_close(found, block.transpose(0, 1))  # blocks run on N B C
     last, _ = hooked(encoder.backbone.visual.transformer.resblocks[1], encoder, images(encoder))
-    assert last.shape == found.shape
+    assert last.transpose(0, 1).shape == found.shape
+
+
+@torch.no_grad()
+def test_the_order_of_axes_inside_changes_nothing() -> None:
+    given, model = clip().eval(), clip().eval()
+    given.load_state_dict(model.state_dict())
+    encoder = from_open_clip(model, layer=-2).eval()
+    assert given.visual.transformer.batch_first and not model.visual.transformer.batch_first
+    pixels, blocks = images(encoder), list[Tensor]()
+    given.visual.transformer.resblocks[-2].register_forward_hook(lambda _module, _inputs, output: blocks.append(output))
+    given.visual(pixels)
+    torch.testing.assert_close(encoder(pixels), blocks[0], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -177,6 +177,8 @@ def test_settings_that_do_not_go_with_so_many(vlm: Commands, tmp_path: Path) -> 
     assert second.err == "" and not (tmp_path / "run").exists()
     alone = vlm.together(2, "train", config, "--overfit", 4, folder=tmp_path)
     assert alone[0].err == "vlm: --overfit: one process does it; leave torchrun away\n"
+    alone = vlm.together(2, "shards", "features", config, "kept", folder=tmp_path)
+    assert alone[0].err == "vlm: shards features: one process does it; leave torchrun away\n"
 
 
 def test_what_a_process_sees_alone_is_told_once_for_all(vlm: Commands, tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ class Train(Section):
 
     steps: Positive
     batch_size: Positive = Field(description="samples of one forward pass")
-    accumulate: Positive = Field(1, description="forward passes per step")
+    accumulate: Positive = Field(1, description="forward passes per step, shared out to the processes of torchrun")
     params: list[Group] = Field([Group(match=".*", lr=1e-4)], description="who learns, and how fast", min_length=1)
     weight_decay: float = Field(0.05, ge=0, description="on matrices; never on biases, norms and single vectors")
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)

@@ -29,6 +29,7 @@ from vlm.model.vlm import VisionLanguageModel
 from vlm.nn.backend import autocast, best_device, fast_float32
 from vlm.restore import initialise
 from vlm.train.log import note
+from vlm.world import started
 
 SAMPLES, MAX_BYTES = 10_000, 2**30  # of a shard
 BATCH = 32
@@ -46,6 +47,8 @@ def features(
 
     Errors: mistakes in the settings, an encoder that learns or is random, too little room on the disk.
     """
+    if started() > 1:
+        raise ValueError("shards features: one process does it; leave torchrun away")
     run = load(schema.Run, config, overrides)
     data, vision = run.pairs, run.model.vision
     assert vision is not None

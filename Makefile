@@ -45,6 +45,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.generate
 	$(BIN)/python -m tests.bench.dataload
 	$(BIN)/python -m tests.bench.read_order
+	$(BIN)/python -m tests.bench.features
+	$(BIN)/python -m tests.bench.memory
 
 language-models: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.language_models

@@ -83,7 +83,8 @@ def train(
 ) -> None:
     """Train what a config describes.
 
-    CONFIG is a YAML file; KEY=VALUE changes a setting of it, such as train.steps=100.
+    CONFIG is a YAML file; KEY=VALUE changes a setting of it, such as train.steps=100. On several GPUs: torchrun
+    --nproc-per-node 8 -m vlm train CONFIG …
     """
     place = out or Path("runs", config.stem)
     if few is not None:

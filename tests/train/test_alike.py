@@ -1,7 +1,7 @@
 """Captions at validation: the share of equal ones, of which pictures, without a trace in the rest of the run."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from vlm.data.batch import Batch
 from vlm.model.generate import Sampling
 from vlm.model.transcribe import commonest
 from vlm.train import alike, run
-from vlm.train.alike import SAID, TRUE, monotone
+from vlm.train.alike import SAID, TRUE, Sayings, monotone
 from vlm.train.log import Log, read_metrics
 from vlm.train.parallel import Passes
 from vlm.train.run import speech, train_run
 from vlm.train.validate import validate
+from vlm.world import World
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,33 @@ def test_few_pictures_and_few_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     batches = [made.batch(*("a red square",) * 10) for _ in range(5)]
     assert given(made, *batches)[SAID] == 0.5
     assert (stub.shown, stub.most) == (32, 20)
+
+
+@dataclass(frozen=True)
+class Two(World):
+    """One of two processes whose other one has a batch of ten too."""
+
+    size: int = 2
+
+    def sum(self, numbers: Sequence[float | int]) -> list[float]:
+        return [10.0 for _ in numbers]
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [10, 10]), (1, [10, 2])])
+def test_the_first_pictures_whoever_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, expected: list[int]
+) -> None:
+    made = Made(tiny_run(tmp_path, "decoder"))
+    stub = Stub(["x"] * 32)
+    monkeypatch.setattr(alike, "describe", stub)
+    world, batch = Two(torch.device("cpu"), rank), made.batch(*("a red square",) * 10)
+    sayings = Sayings(Passes(made.task.eval(), torch.float32, world), speech(made.run, made.tokenizer))
+    shown = []
+    with torch.no_grad():
+        for _ in range(4):
+            sayings.hear(batch)
+            shown.append(stub.shown - sum(shown))
+    assert shown == [*expected, 0, 0]
 
 
 def test_true_captions_are_cut_as_the_written_ones(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from vlm.data.image import decode
-from vlm.eval.describe import describe
+from vlm.model.describe import describe
 from vlm.model.generate import Sampling
 from vlm.restore import restore
 

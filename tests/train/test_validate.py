@@ -9,6 +9,7 @@ from tests.tiny import COLOURS, Made, pack, picture, records, settings, tiny_run
 from tests.tiny import read as read_config
 from vlm.config.schema import Run
 from vlm.model.connector import MlpConnector
+from vlm.train.alike import SAID, TRUE
 from vlm.train.run import train_run
 from vlm.train.validate import GAP, blind, derangement, validate
 
@@ -52,6 +53,10 @@ def test_the_gap_tells_whether_captions_depend_on_pictures(
     assert (gap > 0.1) is depends
     assert blind(gap, 0.0) is not depends
     assert (WARNING in capsys.readouterr().err) is not depends
+    last = next(record for record in records(tmp_path / "run") if SAID in record)
+    assert last[TRUE] == (0.125 if depends else 0.25)
+    if depends:
+        assert last[SAID] <= 0.25
 
 
 @pytest.mark.slow
@@ -62,7 +67,9 @@ def test_a_connector_that_passes_nothing_is_noticed(
     monkeypatch.setattr(MlpConnector, "forward", lambda self, seen: original(self, seen) * 0)
     train_run(captioned(tmp_path, depends=True), tmp_path / "run")
     assert [record[GAP] for record in records(tmp_path / "run") if GAP in record] == [0.0]
-    assert WARNING in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert WARNING in said and "200 steps 100% of the captions are the same, of the true ones 12%" in said
+    assert [(record[SAID], record[TRUE]) for record in records(tmp_path / "run") if SAID in record] == [(1.0, 0.125)]
 
 
 def test_nothing_to_exchange(tmp_path: Path) -> None:

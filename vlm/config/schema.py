@@ -297,7 +297,9 @@ class Train(Section):
     timeout: Positive = Field(600, description="seconds after which a process that does not answer is given up")
     seed: int = 0
     log_every: Positive = 20
-    eval_every: Positive | None = None
+    eval_every: Positive | None = Field(
+        None, description="steps between validations: losses and, but over divided weights, captions of a few pictures"
+    )
     save_every: Positive | None = Field(None, description="only at the end unless given")
     max_bad_steps: Positive = Field(5, description="steps in a row without a finite gradient before the run gives up")
     keep: Positive = Field(2, description="checkpoints to keep")

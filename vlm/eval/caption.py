@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vlm.model.transcribe import commonest, one_line
+
 MAX_N = 4
 SIGMA = 6.0
 SCALE = 10.0
@@ -91,7 +93,7 @@ def identical(candidates: Sequence[str]) -> float:
     """Percent of candidates that are the most frequent caption: near 100, the model does not look at the image."""
     if not candidates:
         raise ValueError("identical: there is no caption to count")
-    return 100 * Counter(map(_fold, candidates)).most_common(1)[0][1] / len(candidates)
+    return 100 * commonest(candidates)
 
 
 def mean_words(candidates: Sequence[str]) -> float:
@@ -145,7 +147,7 @@ def _ngrams(text: str) -> Counter[Gram]:
 
 
 def _fold(text: str) -> str:
-    return " ".join(text.lower().split())
+    return one_line(text.lower())
 
 
 def _check_pairs(candidates: Sequence[str], others: Sequence[Iterable[str]], what: str) -> None:

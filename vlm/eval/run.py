@@ -12,9 +12,9 @@ from torch import Tensor
 from vlm import build
 from vlm.data.image import BadSample, decode
 from vlm.data.sources import Source
-from vlm.eval.describe import describe
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
+from vlm.model.describe import describe
 from vlm.model.generate import Decoding, Sampling
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device, fast_float32

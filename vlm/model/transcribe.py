@@ -1,7 +1,8 @@
 """Text while it is being written: pieces that can be printed at once, and strings at which a text ends."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from vlm.data.text import Tokenizer
 
@@ -116,3 +117,10 @@ class OneLine:
 def one_line(text: str) -> str:
     """Runs of white space as one space and none at either end."""
     return " ".join(text.split())
+
+
+def commonest(texts: Sequence[str]) -> float:
+    """The share of texts, 0 to 1, that are the most common one, whatever their case and spaces. ValueError for none."""
+    if not texts:
+        raise ValueError("commonest: there is no text to count")
+    return Counter(one_line(text.lower()) for text in texts).most_common(1)[0][1] / len(texts)

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from vlm.train.alike import SAID, TRUE, monotone
 from vlm.train.experts import Health
 from vlm.train.validate import GAP, blind
 
@@ -120,17 +121,30 @@ class Log:
         """Something measured now and then, such as a validation."""
         self._write(done, values)
         self.say(f"{self.title} {done}/{self.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        if GAP in values and self._late(done) and blind(values[GAP], values["val/loss_lm"]) and GAP not in self._stuck:
-            self._stuck.add(GAP)
-            self.say(
+        if not self._late(done):
+            return
+        look = "Look at pictures and captions, at whether the connector learns, and at its rate."
+        if GAP in values and blind(values[GAP], values["val/loss_lm"]):
+            self._once(
+                GAP,
                 f"warning: after {done} steps the lm loss is the same with the wrong pictures (vision gap "
-                f"{values[GAP]:.4f}): the model writes without looking. Look at pictures and captions, at whether the "
-                "connector learns, and at its rate."
+                f"{values[GAP]:.4f}): the model writes without looking. {look}",
+            )
+        if SAID in values and monotone(values[SAID], values[TRUE]):
+            self._once(
+                SAID,
+                f"warning: after {done} steps {values[SAID]:.0%} of the captions are the same, of the true ones "
+                f"{values[TRUE]:.0%}: the model says one thing of every picture. {look}",
             )
 
     def say(self, text: str) -> None:
         """One line for people, above the bar if there is one."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def _once(self, about: str, warning: str) -> None:
+        if about not in self._stuck:
+            self._stuck.add(about)
+            self.say(warning)
 
     def _report(self, done: int, facts: Mapping[str, float]) -> None:
         now = time.perf_counter()
@@ -190,20 +204,19 @@ class Log:
         report = None if self._health is None else self._health.report()
         if report is None:
             return {}
-        if (warning := report.warning()) and warning not in self._stuck:
-            self._stuck.add(warning)
-            self.say(warning)
+        if warning := report.warning():
+            self._once(warning, warning)
         return report.values()
 
     def _warn(self, done: int, means: Mapping[str, float]) -> None:
         for name, value in means.items():
             level = self.chance.get(name)
-            if level is None or name in self._stuck or not self._late(done) or value < 0.97 * level:
+            if level is None or not self._late(done) or value < 0.97 * level:
                 continue
-            self._stuck.add(name)
-            self.say(
+            self._once(
+                name,
                 f"warning: after {done} steps the {name} loss is {value:.3f}, and guessing gives {level:.3f}: nothing "
-                "has been learned from it yet. Look at the pictures and captions, at what learns, and at the rate."
+                "has been learned from it yet. Look at the pictures and captions, at what learns, and at the rate.",
             )
 
     def _write(self, done: int, values: Mapping[str, float | list[float]]) -> None:

@@ -22,6 +22,7 @@ from vlm.data.batch import Batch
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.vlm import VisionLanguageModel
 from vlm.restore import TOKENIZER, initialise, relative_init, sourced_parts
+from vlm.train.alike import Speech
 from vlm.train.average import Average
 from vlm.train.experts import Health, experts_of
 from vlm.train.feed import Feed, Train, begun, feed
@@ -162,6 +163,7 @@ class Job:
     def fit(self, title: str, later: float) -> None:
         """Trains to the end. Errors: see `vlm.train.loop.fit`."""
         self.log = self._log(title, later) if self.world.first else Quiet()
+        said = speech(self.run, self.tokenizer)
         with self.log:
             fit(
                 self.passes,
@@ -170,7 +172,7 @@ class Job:
                 plan(self.run.train),
                 self.log,
                 self._save,
-                None if self.once is None else partial(validate, self.passes, self.once),
+                None if self.once is None else partial(validate, self.passes, self.once, said),
                 self.average,
                 self.start,
                 self.health,
@@ -279,6 +281,13 @@ def objective(settings: schema.Loss, tokenizer: Tokenizer, accumulate: int = 1) 
             return Itm(settings.weight, settings.label_smoothing)
         case schema.LmLoss():
             return Lm(tokenizer.size, tokenizer.dec, settings.weight, settings.label_smoothing)
+
+
+def speech(run: schema.Run, tokenizer: Tokenizer) -> Speech | None:
+    """How the model writes captions; None where it learns to write none."""
+    if not isinstance(run.data, schema.PairData) or not any(isinstance(loss, schema.LmLoss) for loss in run.losses):
+        return None
+    return Speech(tokenizer, run.data.prompt, run.data.max_tokens)
 
 
 def render(lines: Sequence[Line]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlm.data.batch import Batch
 from vlm.nn.backend import autocast, fast_float32
+from vlm.train.alike import Sayings, Speech
 from vlm.train.parallel import Passes
 from vlm.train.task import Lm, Task
 from vlm.world import World
@@ -18,16 +19,18 @@ GAP = "val/vision_gap"
 GAP_BATCHES = 16  # enough to tell a gap from none
 
 
-def validate(passes: Passes, once: Once) -> dict[str, float]:
+def validate(passes: Passes, once: Once, speech: Speech | None = None) -> dict[str, float]:
     """Mean losses over a data set, each sample once; for texts written to pictures, the vision gap too.
 
     The vision gap is the LM loss with the pictures of a batch exchanged, minus that with the true ones: nats that a
-    token costs more when the picture is wrong. Zero: the model writes without looking.
+    token costs more when the picture is wrong. Zero: the model writes without looking. With `speech` a few pictures are
+    captioned too: see `Sayings`.
     """
     task, world = passes.task, passes.world
     writer = next((o for o in task.objectives if isinstance(o, Lm)), None)
     names = [f"val/loss_{o.name}" for o in task.objectives] + ([] if writer is None else [GAP])
     sums, shares = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    sayings = Sayings(passes, speech)
     task.eval()
     with torch.no_grad(), fast_float32():
         for number, batch, counts in _together(once, world):
@@ -44,9 +47,11 @@ def validate(passes: Passes, once: Once) -> dict[str, float]:
             for name, (value, share) in found.items():
                 sums[name] += counts * share * float(value)
                 shares[name] += counts * share
+            sayings.hear(batch if counts else None)
     passes.forget()
     totals, weights = world.sum(list(sums.values())), world.sum(list(shares.values()))
-    return {n: total / max(1.0, w) for n, total, w in zip(names, totals, weights, strict=True) if w or n != GAP}
+    means = {n: total / max(1.0, w) for n, total, w in zip(names, totals, weights, strict=True) if w or n != GAP}
+    return means | sayings.shares()
 
 
 def _together(once: Once, world: World) -> Iterator[tuple[int, Batch, bool]]:

@@ -7,9 +7,9 @@ import torch
 
 from tests.model.small import WIDTH, Eye, blip2, finished, pictures
 from vlm.data.text import Tokenizer, train_bpe
-from vlm.eval.describe import Caption, describe, describe_live, describe_several
 from vlm.model.beam import Beams
 from vlm.model.connector import MlpConnector
+from vlm.model.describe import Caption, describe, describe_live, describe_several
 from vlm.model.generate import Decoding, Sampling
 from vlm.model.language import llama
 from vlm.model.vlm import VisionLanguageModel

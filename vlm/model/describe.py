@@ -29,7 +29,7 @@ class Caption(NamedTuple):
 def describe(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
-    images: Float[Tensor, "B 3 H W"],
+    images: Float[Tensor, "B 3 H W"] | Float[Tensor, "B N C"],
     template: str,
     max_tokens: int,
     decoding: Decoding,
@@ -38,8 +38,8 @@ def describe(
 ) -> list[str]:
     """One caption per image, on one line, whatever was drawn: greedy or sampled (`Sampling`), or the best of `Beams`.
 
-    `template` is the run's `data.prompt`, of which the part before {text} is given. `stop`: strings before which a
-    caption ends. ValueError for more tokens than the model was built for.
+    `images`: as of `VisionLanguageModel.encode`. `template` is the run's `data.prompt`, of which the part before {text}
+    is given. `stop`: strings before which a caption ends. ValueError for more tokens than the model was built for.
     """
     start, rule = _start(model, tokenizer, images, template, max_tokens, decoding), _rule(tokenizer, stop)
     rows = generate(model.proceed, *start, tokenizer.eos, decoding, generator, rule)

@@ -171,8 +171,7 @@ def whole(run: Path, prefer: str = LATEST) -> Path:
 
 def seal(folder: Path, state: Mapping[str, Any]) -> None:
     """Writes state.json with the hashes of all other files in the folder, and of itself."""
-    there = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "state.json")
-    files = {file.relative_to(folder).as_posix(): _file_hash(file) for file in there}
+    files = {name: _file_hash(folder / name) for name in sorted(_names(folder))}
     sealed = {**{key: value for key, value in state.items() if key != "sha256"}, "files": files}
     (folder / "state.json").write_text(json.dumps({**sealed, "sha256": _own_hash(sealed)}, indent=1) + "\n")
 
@@ -193,7 +192,14 @@ def damage(checkpoint: Path) -> str:
             return f"{name} is missing"
         if _file_hash(checkpoint / name) != digest:
             return f"{name} has changed"
-    return ""
+    added = sorted(_names(checkpoint) - files.keys())
+    return f"{added[0]} was not saved with it" if added else ""
+
+
+def _names(folder: Path) -> set[str]:
+    """Of the files in it, but for state.json and hidden ones, which systems leave where they like."""
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return {name for name in files if name != "state.json" and not name.rpartition("/")[2].startswith(".")}
 
 
 def latest(run: Path) -> Path:

@@ -236,7 +236,7 @@ def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], a
     """Puts a checkpoint's weights (its average, if it has one and `averaged`) into the model; returns its step.
 
     What the checkpoint leaves out must lie in a `sourced` part and be, by its hash, what it was trained with.
-    Errors: names or shapes that differ, all listed; other frozen weights.
+    Errors: names, shapes or types that differ, all listed; other frozen weights.
     """
     state = read_state(checkpoint)
     own = model.state_dict()
@@ -245,6 +245,11 @@ def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], a
         given |= read(checkpoint / AVERAGE)
     frozen = [name for name in own if name not in given and name.split(".")[0] in sourced]
     problems = differences({name: tensor for name, tensor in own.items() if name not in frozen}, given)
+    problems += [  # loading would cast them in silence
+        f"other type: {name} is {_dtype(tensor)}, the model's is {_dtype(own[name])}"
+        for name, tensor in given.items()
+        if name in own and own[name].dtype != tensor.dtype
+    ]
     if problems:
         shown = "\n  ".join(problems[:12] + ([f"… and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise ValueError(f"{checkpoint} does not fit the model of its config:\n  {shown}")
@@ -255,6 +260,10 @@ def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], a
         )
     model.load_state_dict(given, strict=False)
     return int(state["step"])
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

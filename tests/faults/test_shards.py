@@ -152,3 +152,20 @@ def test_a_flipped_bit_of_a_png_is_a_bad_sample_or_changes_nothing() -> None:
             assert bad.reason in ("corrupt image", "not an image", "too many pixels", "extreme aspect ratio")
             noticed += 1
     assert noticed > 4.5 * FLIPS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ('{"features": 3}', None),
+        ('{"features": {"tokens": 4}}', None),
+    ],
+)
+def test_an_index_of_features_that_is_damaged(vlm: Commands, place: Path, text: str, message: str | None) -> None:
+    (place / "kept").mkdir()
+    squares(place / "kept" / "000000.tar")
+    (place / "kept" / "index.json").write_text(text)
+    done = vlm("train", "c.yaml", "data.train=kept", folder=place)
+    assert (done.code, done.out) == (2, "") and done.err.startswith(f"vlm: kept/index.json: damaged ({message or ''}")
+    assert done.err.endswith("); write the shards anew\n")

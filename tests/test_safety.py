@@ -52,7 +52,8 @@ def test_no_unsafe_call() -> None:
     [
         "eval('1')", "exec(text)", "os.system('ls')", "yaml.load(text)", "import pickle", "from pickle import loads",
         "pickle.load(f)", "torch.load(p, weights_only=False)", "torch.load(p)", "torch.load(p, weights_only=flag)",
-        "tar.extractall()", "tarfile.open(p).extract(m)", "subprocess.run(c, shell=True)", "load(n, trust_remote_code=True)",
+        "tar.extractall()", "tarfile.open(p).extract(m)", "subprocess.run(c, shell=True)",
+        "load(n, trust_remote_code=True)",
     ],
 )  # fmt: skip
 def test_unsafe_calls_are_found(code: str) -> None:

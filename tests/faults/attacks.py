@@ -172,7 +172,7 @@ SHARDS = {
     ),
     "objects in a cached index": Attack(index, read("s.tar"), 0, ""),
     "a pickle as index.json": Attack(
-        kept, tuple(words for words in read("kept") if {"train", "preview"} & {*words}), 2, "kept/index.json: damaged (",
+        kept, tuple(w for w in read("kept") if {"train", "preview"} & {*w}), 2, "kept/index.json: damaged (",
     ),
     "a pickle as index.json, not needed": Attack(kept, (("shards", "check", "kept"),), 0, ""),
 }  # fmt: skip

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from tests.command import Commands, commands
-from tests.faults.made import encoded, tar
+from tests.faults.made import counted, encoded, tar
 from tests.tiny import settings, squares, write_config
 from vlm.data.image import BadSample, decode
 from vlm.data.shards import Shards
+from vlm.data.write import Recipe, write
 
 FLIPS = int(os.environ.get("VLM_TEST_DAMAGES", "60"))
 
@@ -169,3 +170,23 @@ def test_an_index_of_features_that_is_damaged(vlm: Commands, place: Path, text: 
     done = vlm("train", "c.yaml", "data.train=kept", folder=place)
     assert (done.code, done.out) == (2, "") and done.err.startswith(f"vlm: kept/index.json: damaged ({message or ''}")
     assert done.err.endswith("); write the shards anew\n")
+
+
+def test_whatever_bit_of_a_written_shard_is_flipped_the_doctor_sees_it(tmp_path: Path) -> None:
+    """By its sum in index.json: also one of a caption, of a JPEG picture, of what lies between members."""
+    tar(tmp_path / "s.tar", numbered(4))
+    write([str(tmp_path / "s.tar")], tmp_path / "out", Recipe())
+    file = tmp_path / "out" / "000000.tar"
+    assert counted(file) == (4, {}, {})
+    whole, draw = file.read_bytes(), random.Random(0)
+    for _ in range(FLIPS):
+        data = bytearray(whole)
+        place = draw.randrange(len(data))
+        data[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+        try:
+            assert sum(counted(file)[1].get(reason, 0) for reason in ("damaged shard", "changed shard")) == 1, place
+        except ValueError as refusal:
+            assert "is compressed" in str(refusal)
+    file.write_bytes(whole.replace(b"3\0\0\0\0", b"4\0\0\0\0"))
+    assert counted(file) == (5, {"changed shard": 1}, {})

@@ -1,7 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv, made again only when pyproject.toml changes.
 #   make quickstart   train, evaluate and caption on the pictures inside the package    (ARGS="--overwrite")
 #   make test         lint, types, import rules, then all tests: fast ones first         (ARGS="-k retrieval")
-#   make test-faults   bad input, damaged files, 20 kills at random moments
+#   make test-faults   bad input, 20 kills at random moments, 1000 damaged checkpoints, a million random captions
 #   make lint         ruff, mypy, import rules          make format   rewrite the code in the house format
 #   make bench        timings beside other implementations
 #   make language-models   RetNet, Transformer and DeepSeekMoE on the same text, into docs/language-models.md
@@ -26,7 +26,8 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-faults: $(VENV)/.dev
-	VLM_TEST_KILLS=20 $(BIN)/python -m pytest tests/faults $(ARGS)
+	VLM_TEST_KILLS=20 VLM_TEST_DAMAGES=1000 VLM_TEST_CAPTIONS=1000000 VLM_TEST_PICTURES=100000 \
+		$(BIN)/python -m pytest tests/faults $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -171,8 +171,7 @@ def whole(run: Path, prefer: str = LATEST) -> Path:
 
 def seal(folder: Path, state: Mapping[str, Any]) -> None:
     """Writes state.json with the hashes of all other files in the folder, and of itself."""
-    there = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "state.json")
-    files = {file.relative_to(folder).as_posix(): _file_hash(file) for file in there}
+    files = {name: _file_hash(folder / name) for name in sorted(_names(folder))}
     sealed = {**{key: value for key, value in state.items() if key != "sha256"}, "files": files}
     (folder / "state.json").write_text(json.dumps({**sealed, "sha256": _own_hash(sealed)}, indent=1) + "\n")
 
@@ -193,7 +192,14 @@ def damage(checkpoint: Path) -> str:
             return f"{name} is missing"
         if _file_hash(checkpoint / name) != digest:
             return f"{name} has changed"
-    return ""
+    added = sorted(_names(checkpoint) - files.keys())
+    return f"{added[0]} was not saved with it" if added else ""
+
+
+def _names(folder: Path) -> set[str]:
+    """Of the files in it, but for state.json and hidden ones, which systems leave where they like."""
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return {name for name in files if name != "state.json" and not name.rpartition("/")[2].startswith(".")}
 
 
 def latest(run: Path) -> Path:
@@ -230,7 +236,7 @@ def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], a
     """Puts a checkpoint's weights (its average, if it has one and `averaged`) into the model; returns its step.
 
     What the checkpoint leaves out must lie in a `sourced` part and be, by its hash, what it was trained with.
-    Errors: names or shapes that differ, all listed; other frozen weights.
+    Errors: names, shapes or types that differ, all listed; other frozen weights.
     """
     state = read_state(checkpoint)
     own = model.state_dict()
@@ -239,6 +245,11 @@ def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], a
         given |= read(checkpoint / AVERAGE)
     frozen = [name for name in own if name not in given and name.split(".")[0] in sourced]
     problems = differences({name: tensor for name, tensor in own.items() if name not in frozen}, given)
+    problems += [  # loading would cast them in silence
+        f"other type: {name} is {_dtype(tensor)}, the model's is {_dtype(own[name])}"
+        for name, tensor in given.items()
+        if name in own and own[name].dtype != tensor.dtype
+    ]
     if problems:
         shown = "\n  ".join(problems[:12] + ([f"… and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise ValueError(f"{checkpoint} does not fit the model of its config:\n  {shown}")
@@ -249,6 +260,10 @@ def load_weights(checkpoint: Path, model: nn.Module, sourced: Collection[str], a
         )
     model.load_state_dict(given, strict=False)
     return int(state["step"])
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -167,8 +167,18 @@ def main() -> None:
         if message := _message(error):
             print(message, file=sys.stderr)
         sys.exit(1 if isinstance(error, OSError) and not isinstance(error, _WRONG_INPUT) else 2)
+    except RuntimeError as error:
+        # torch raises it out of a signal handler, so anywhere in the main process: only here is it caught for sure.
+        if os.environ.get("VLM_TRACEBACK") or not str(error).startswith("DataLoader worker"):
+            raise
+        print(_message(OSError(_LOST_WORKER.format(str(error).partition(". ")[0]))), file=sys.stderr)
+        sys.exit(1)
 
 
+_LOST_WORKER = (
+    "a process that reads the data has ended ({}). Where the system killed it, memory ran out: lower data.workers or "
+    "data.cache_mb. A run goes on from its last checkpoint with --resume"
+)
 _WRONG_INPUT = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 

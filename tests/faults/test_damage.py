@@ -1,5 +1,9 @@
-"""Damaged checkpoints: every flipped bit, cut or lost file is noticed, and the checkpoint before it is used."""
+"""Damaged checkpoints: every flipped bit, cut or lost file is noticed, and the checkpoint before it is used.
 
+`make test-faults` does a thousand damages; the ordinary suite some.
+"""
+
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,6 +17,7 @@ from vlm.restore import restore
 from vlm.train.run import train_run
 
 WAYS = ("flip", "cut", "delete")
+DAMAGES = int(os.environ.get("VLM_TEST_DAMAGES", "60"))
 
 
 def spoil(file: Path, way: str, draw: random.Random) -> None:
@@ -34,20 +39,45 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     return run, folder / "run"
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_damage_is_noticed_and_named(
-    trained: tuple[Run, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
-) -> None:
-    draw, run = random.Random(seed), tmp_path / "run"
-    shutil.copytree(trained[1], run)
+@pytest.mark.parametrize("seed", range(DAMAGES))
+def test_damage_is_noticed_and_named(trained: tuple[Run, Path], caplog: pytest.LogCaptureFixture, seed: int) -> None:
+    draw, run = random.Random(seed), trained[1]
     newest, before = run / "step-0000006", run / "step-0000004"
     assert checkpoint.damage(newest) == ""
     file = draw.choice(sorted(newest.iterdir()))
+    data = file.read_bytes()
     spoil(file, WAYS[seed % 3], draw)
-    assert checkpoint.damage(newest).startswith(file.name)
-    assert checkpoint.whole(run) == before
-    (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning == f"warning: {newest} is damaged ({checkpoint.damage(newest)}); using step-0000004 in its place"
+    try:
+        fault = checkpoint.damage(newest)
+        assert fault.startswith(file.name)
+        assert checkpoint.whole(run) == before
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert warning == f"warning: {newest} is damaged ({fault}); using step-0000004 in its place"
+    finally:
+        file.write_bytes(data)
+
+
+def test_a_file_that_was_not_saved_with_it_is_damage(trained: tuple[Run, Path], tmp_path: Path) -> None:
+    """It would be read like the others: an average, or an optimizer's memory in parts."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    newest = run / "step-0000006"
+    (newest / ".nfs0001").write_bytes(b"the system's")
+    assert checkpoint.damage(newest) == ""
+    (newest / "optimizer").mkdir()
+    (newest / "optimizer" / "model-00001-of-00001.safetensors").write_bytes(b"")
+    assert checkpoint.damage(newest) == "optimizer/model-00001-of-00001.safetensors was not saved with it"
+    assert checkpoint.whole(run).name == "step-0000004"
+
+
+def test_files_that_changed_places_are_damage(trained: tuple[Run, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained[1], run)
+    shutil.copy(run / "step-0000004" / "model.safetensors", run / "step-0000006" / "model.safetensors")
+    assert checkpoint.damage(run / "step-0000006") == "model.safetensors has changed"
+    shutil.copy(run / "step-0000004" / "state.json", run / "step-0000006" / "state.json")
+    assert checkpoint.damage(run / "step-0000006") == "average.safetensors has changed"
+    assert checkpoint.whole(run).name == "step-0000004"
 
 
 def test_two_damaged_and_then_all(trained: tuple[Run, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -61,6 +61,15 @@ def test_cut_after_drops_later_and_torn_lines(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("torn", [b'{"step": 2, "x', b'{"step": 1', bytes(300), b"\xff\xfe", b"\n\n", b'{"step": 2}'])
+def test_whatever_a_crash_leaves_at_the_end_is_cut(tmp_path: Path, torn: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 1}\n{"step": 2}\n'
+    file.write_bytes(whole + torn)
+    cut_after(file, 2)
+    assert file.read_bytes() == whole + (torn + b"\n" if torn.endswith(b"}") else b"")
+
+
 def test_cut_after_without_a_file(tmp_path: Path) -> None:
     cut_after(tmp_path / "metrics.jsonl", 3)
     assert list(tmp_path.iterdir()) == []

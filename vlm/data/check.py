@@ -9,11 +9,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from vlm.data.fetch import listed
 from vlm.data.image import TRAITS, BadSample, decode, traits
 from vlm.data.record import MAX_BYTES, Record
 from vlm.data.remote import Place, opened
@@ -114,7 +116,8 @@ def check(
     `done` is called after each shard.
 
     A sample counts under the first reason met: its names, its captions, its picture; one whose key an earlier sample
-    has, as "duplicate key". Errors: a file that cannot be read, or is compressed.
+    has, as "duplicate key". A bad shard counts as one more: "damaged shard", or "changed shard" where its sum is not
+    the one that the index.json beside it lists. Errors: a file that cannot be read, or is compressed.
     """
     look = partial(_look, record=record, patience=patience)
     if workers < 1:
@@ -144,7 +147,24 @@ def _look(file: Place, record: Record, patience: Patience) -> _Seen:
             seen.add(_shown(group.key), error, notes, 0 if record.fault(group) else _hash(group.key.encode()), picture)
     if damage:
         seen.add(damage[0].removeprefix(f"{file}: "), "damaged shard", [], 0, 0)
+    elif changed := _changed(file):
+        seen.add(changed, "changed shard", [], 0, 0)
     return seen
+
+
+def _changed(file: Place) -> str:
+    """What says that the bytes are others than the index.json beside them lists; empty where none does."""
+    if not isinstance(file, Path) or not (index := file.with_name("index.json")).is_file():
+        return ""  # one by address was compared when it was fetched
+    if (wanted := listed(index.read_bytes()).get(file.name)) is None:
+        return ""
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while part := handle.read(2**20):
+            digest.update(part)
+    if digest.hexdigest() == wanted.sha256:
+        return ""
+    return f"sha256 {digest.hexdigest()[:12]}…, index.json lists {wanted.sha256[:12]}…; fetch or write it anew"
 
 
 def _sample(handle: BinaryIO, group: Group, record: Record, patience: Patience) -> tuple[str, list[str], int]:

@@ -98,12 +98,19 @@ class FeatureShards(Shards):
 def open_features(
     spec: str | Sequence[str], max_bad_fraction: float = 0.05, cache: Cache | None = None
 ) -> FeatureShards | None:
-    """The features in a folder that `vlm shards features` has written; None where `spec` is something else."""
+    """The features in a folder that `vlm shards features` has written; None where `spec` is something else.
+
+    ValueError: the index.json of the folder is damaged.
+    """
     names = [spec] if isinstance(spec, str) else list(spec)
     if len(names) != 1 or not (Path(names[0]).expanduser() / INDEX).is_file():
         return None
     folder = Path(names[0]).expanduser()
-    index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    if SUFFIX not in index:
-        return None
-    return FeatureShards(folder, FeatureInfo(**index[SUFFIX]), max_bad_fraction, cache)
+    try:
+        index: Any = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if not isinstance(index, dict) or SUFFIX not in index:
+            return None
+        info = FeatureInfo(**index[SUFFIX])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX}: damaged ({error}); write the shards anew") from None
+    return FeatureShards(folder, info, max_bad_fraction, cache)

@@ -116,12 +116,19 @@ def listing(where: str) -> dict[str, Listed]:
             text = b"".join(islice(answer.chunks, _MAX_INDEX // CHUNK))
         if len(text) < (answer.length or 0):
             raise ConnectionError(f"{len(text)} of {answer.length} bytes came")
-        shards = json.loads(text)["shards"]
-        found = {shard["file"]: Listed(shard["bytes"], shard["sha256"]) for shard in shards}
-    except (Final, ValueError, TypeError, LookupError):
+    except Final:
         return {}
     except (OSError, HTTPException) as error:
         log.warning("%sindex.json: %s; shards that are in the cache are used as they are", where, reason(error))
+        return {}
+    return listed(text)
+
+
+def listed(text: bytes) -> dict[str, Listed]:
+    """Shards by file name out of an index.json; nothing where it is one of something else."""
+    try:
+        found = {shard["file"]: Listed(shard["bytes"], shard["sha256"]) for shard in json.loads(text)["shards"]}
+    except (ValueError, TypeError, LookupError):
         return {}
     return {name: one for name, one in found.items() if re.fullmatch("[0-9a-f]{64}", str(one.sha256))}
 

@@ -281,7 +281,7 @@ def cut_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     whole = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():  # a lost power supply leaves anything
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

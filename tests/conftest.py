@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from tests.command import Commands, commands
+
 install_import_hook("vlm", "beartype.beartype")
 
 settings.register_profile("vlm", deadline=None, derandomize=True, max_examples=50)
@@ -22,6 +24,13 @@ settings.load_profile("vlm")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: a plain mistake shows within seconds."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The command line, in processes of their own."""
+    with commands(tmp_path_factory.mktemp("commands")) as runner:
+        yield runner
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,17 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.command import ROOT, Commands, commands
+from tests.command import ROOT, Commands
 from tests.tiny import records, settings, squares, write_config
 from vlm import checkpoint
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 def started(vlm: Commands, folder: Path, kind: str = "clip", *overrides: str) -> tuple[str, ...]:

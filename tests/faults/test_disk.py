@@ -5,12 +5,12 @@ A limit on the size of the process's files stands for the disk: the system refus
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.command import Commands, commands, wait_for
+from tests.command import Commands, wait_for
 from tests.faults.test_kill import draft, same_files
 from tests.tiny import records, settings, squares, write_config
 from vlm import checkpoint
@@ -21,12 +21,6 @@ pytestmark = [
 ]
 STEPS = 200
 ROOM = 20_000  # bytes: the log and its lines fit in, the weights do not
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 @pytest.fixture

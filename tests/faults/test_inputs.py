@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.command import ROOT, Commands, Done, commands, wait_for
+from tests.command import ROOT, Commands, Done, wait_for
 from tests.tiny import members, pack, picture, settings, squares, write_config
 from vlm import checkpoint
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 @pytest.fixture(scope="module")

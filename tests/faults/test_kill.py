@@ -20,12 +20,6 @@ STEPS, SAVE_EVERY = 12 * KILLS, 4
 Moment = Callable[[Path, int], bool]  # of the run's folder and its steps so far: now?
 
 
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
-
-
 def busy_config(folder: Path) -> Path:
     """All that draws at random or remembers; a validation that keeps the best."""
     given = settings("qformer", squares(folder / "squares.tar", 24), steps=STEPS, save_every=SAVE_EVERY)

@@ -5,7 +5,7 @@ import random
 import signal
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.command import Commands, commands
+from tests.command import Commands
 from tests.faults.test_kill import KILLS, steps_logged
 from tests.tiny import records, settings, squares, write_config
 
 pytestmark = pytest.mark.slow
 ENGINES = pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 def config(folder: Path, steps: int = 3000, **train: Any) -> Path:

@@ -4,14 +4,13 @@ import io
 import os
 import random
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.command import Commands, commands
+from tests.command import Commands
 from tests.faults.made import counted, encoded, tar
 from tests.tiny import settings, squares, write_config
 from vlm.data.image import BadSample, decode
@@ -19,12 +18,6 @@ from vlm.data.shards import Shards
 from vlm.data.write import Recipe, write
 
 FLIPS = int(os.environ.get("VLM_TEST_DAMAGES", "60"))
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 @pytest.fixture

@@ -1,18 +1,11 @@
 """Sources that cannot be read, on the real command line: one message, the exit code, nothing half-written."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.command import Commands, commands
+from tests.command import Commands
 from tests.tiny import picture, settings, squares, write_config
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 @pytest.fixture

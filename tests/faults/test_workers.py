@@ -3,12 +3,11 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.command import Commands, commands
+from tests.command import Commands
 from tests.faults.test_kill import same_files, steps_logged
 from tests.tiny import records, settings, squares, write_config
 
@@ -17,12 +16,6 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children of a process are told by /proc"),
 ]
 STEPS = 150
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 def children(process: int) -> list[int]:

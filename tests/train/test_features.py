@@ -1,14 +1,13 @@
 """Features in place of pictures: the same losses, stale ones refused, and nothing that would make them wrong."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.command import Commands, commands
+from tests.command import Commands
 from tests.tiny import read, records, settings, squares, write_config
 from vlm.config.load import ConfigError
 from vlm.data.features import FeatureInfo, FeatureShards, open_features
@@ -26,12 +25,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = settings("clip", squares(folder / "squares.tar"), steps=2)
     train_run(read(write_config(folder / "clip.yaml", given)), folder / "clip")
     return folder
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 def frozen(folder: Path, kind: str, *overrides: str) -> Path:

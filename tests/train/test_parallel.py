@@ -1,7 +1,6 @@
 """Several processes equal one: losses, gradients, weights, samples, whatever the engine and the number of processes."""
 
 import json
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command import Commands, commands
+from tests.command import Commands
 from tests.tiny import members, pack, picture, records, settings, squares, write_config
 from tests.train.test_text import config as text_config
 from vlm.config.load import dump
@@ -21,12 +20,6 @@ from vlm.world import World
 EXPERTS = {"ffn": {"kind": "moe", "experts": 4, "top_k": 2, "bias_rate": 0.01, "balance": 0.01}}
 ENGINES = [("ddp", 2, 1), ("fsdp", 2, 1), ("fsdp", 4, 1), ("hsdp", 4, 2)]
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with commands(tmp_path_factory.mktemp("commands")) as runner:
-        yield runner
 
 
 def write(folder: Path, kind: str = "qformer", **train: Any) -> Path:

@@ -55,12 +55,15 @@ def test_recomputed_gradients_are_the_same_bits(tmp_path: Path, kind: str, overr
     assert less < 0.7 * room
 
 
-def test_decoding_is_not_recomputed(tmp_path: Path) -> None:
-    made = Made(tiny_run(tmp_path, "decoder", *DEEP))
+def test_nothing_is_recomputed_without_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = Made(tiny_run(tmp_path, "decoder", *DEEP)), list[object]()
     recompute(made.model)
-    made.task.eval()
+    monkeypatch.setattr("vlm.nn.block.checkpoint", lambda block, *given, **_: (calls.append(block), block(*given))[1])
     with torch.no_grad():
-        assert made.task(made.batch(*CAPTIONS)).total.isfinite()
+        made.task(made.batch(*CAPTIONS))
+    assert calls == []
+    made.task(made.batch(*CAPTIONS))
+    assert len(calls) == 4
 
 
 @pytest.mark.slow

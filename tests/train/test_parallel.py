@@ -49,10 +49,10 @@ def equal(ours: Path, theirs: Path, step: int, bound: float = 2e-6) -> None:
         assert max(float((one[key] - other[key]).abs().max()) for key in one) < bound
 
 
-def moments(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Adam's first moments: after one step a tenth of the gradients (betas 0.9), clipped."""
-    found = load_file(run / f"step-{step:07d}" / "optimizer.safetensors")
-    return {key: value for key, value in found.items() if key.endswith("/exp_avg")}
+def gradients(run: Path) -> dict[str, torch.Tensor]:
+    """Those of the first step: ten times Adam's first moments after it (betas 0.9)."""
+    found = load_file(run / "step-0000001" / "optimizer.safetensors")
+    return {key: value * 10 for key, value in found.items() if key.endswith("/exp_avg")}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,11 @@ def test_gradients_of_all_losses(vlm: Commands, tmp_path: Path, over: str, count
     given = ("train", write(tmp_path, steps=1, clip=None), f"losses=[{itc}, {{kind: itm}}, {{kind: lm}}]")
     assert vlm(*given, "--out", "one", folder=tmp_path).code == 0
     assert all(done.code == 0 for done in vlm.together(count, *given, "--out", "many", folder=tmp_path))
-    one, many = moments(tmp_path / "one", 1), moments(tmp_path / "many", 1)
+    one, many = gradients(tmp_path / "one"), gradients(tmp_path / "many")
     assert one.keys() == many.keys() and any("log_scale" in key for key in one)
-    for key, moment in one.items():
-        assert float((many[key] - moment).abs().max()) <= 1e-6 * max(1.0, float(moment.abs().max())), key
+    assert sum(float(gradient.abs().max()) > 1e-4 for gradient in one.values()) > len(one) / 2
+    for key, gradient in one.items():
+        assert float((many[key] - gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max())), key
     losses = [records(tmp_path / run)[0]["train/loss_itc"] for run in ("one", "many")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
@@ -96,7 +97,8 @@ def test_gradients_of_all_losses(vlm: Commands, tmp_path: Path, over: str, count
 def test_experts_balanced_by_a_bias(vlm: Commands, tmp_path: Path, engine: str) -> None:
     config = write(tmp_path, "decoder")
     assert vlm("train", config, "--out", "one", folder=tmp_path).code == 0
-    for done in vlm.together(2, "train", config, f"train.parallel={engine}", "--out", "two", folder=tmp_path):
+    given = ("train", config, f"train.parallel={engine}", "train.activation_checkpointing=true", "--out", "two")
+    for done in vlm.together(2, *given, folder=tmp_path):
         assert done.code == 0, done.err
     equal(tmp_path / "two", tmp_path / "one", 3)
     (tmp_path / "red.png").write_bytes(picture("red"))

@@ -16,9 +16,11 @@ from vlm.model.language import llama
 from vlm.model.vision import from_open_clip
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.files import load_strict
-from vlm.model.weights.llava import llava_to_ours, llava_to_theirs
+from vlm.model.weights.llama import llama_table
+from vlm.model.weights.llava import llava_table
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 
+TABLE = llava_table(llama_table(tied=False))
 VOCABULARY, THEIR_IMAGE_ID, PATCHES, WIDTH = 99, 91, 16, 40
 
 
@@ -68,7 +70,7 @@ def pair(quick_gelu: bool = True, **options: Any) -> tuple[VisionLanguageModel, 
     vision = from_open_clip(tower(quick_gelu), **{"layer": -2, "class_token": "drop", **options})
     decoder = llama(VOCABULARY, WIDTH, 2, 4, 2, hidden=72, tied=False)
     ours = VisionLanguageModel(vision, MlpConnector(48, WIDTH, vision.tokens, depth=2), language=decoder).eval()
-    load_strict(ours, llava_to_ours(theirs.state_dict()), "transformers")
+    load_strict(ours, TABLE.to_ours(theirs.state_dict()), "transformers")
     return ours, theirs
 
 
@@ -119,17 +121,8 @@ def test_logits_loss_and_gradients() -> None:
         assert gap(found, wanted_grad) < 1e-4
 
 
-def test_round_trip() -> None:
-    ours, theirs = pair()
-    back = llava_to_theirs(ours.state_dict())
-    whole = {name.replace("tower.vision_model.", "tower."): value for name, value in theirs.state_dict().items()}
-    assert set(back) == set(whole)
-    assert all(torch.equal(value, whole[name]) for name, value in back.items())
-
-
-def test_the_layout_of_files_is_read_too() -> None:
-    theirs = published().state_dict()
-    expected_ours = llava_to_ours(theirs)
+def hub(theirs: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """As files on the hub name them."""
     levels = {
         "model.language_model.": "language_model.model.",
         "model.vision_tower.vision_model.": "vision_tower.vision_model.",
@@ -138,23 +131,35 @@ def test_the_layout_of_files_is_read_too() -> None:
         "lm_head.": "language_model.lm_head.",
     }
     renamed = {}
-    for name, value in theirs.items():
+    for name, value in theirs.state_dict().items():
         old = next(level for level in levels if name.startswith(level))
         renamed[levels[old] + name.removeprefix(old)] = value
-    assert not set(renamed) & set(theirs)
-    found = llava_to_ours(renamed)
+    return renamed
+
+
+def test_round_trip() -> None:
+    ours, theirs = pair()
+    back = TABLE.to_theirs(ours.state_dict())
+    whole = {name.replace("tower.vision_model.", "tower."): value for name, value in hub(theirs).items()}
+    assert set(back) == set(whole)
+    assert all(torch.equal(value, whole[name]) for name, value in back.items())
+
+
+def test_the_layout_of_files_is_read_too() -> None:
+    theirs = published()
+    found, expected_ours = TABLE.to_ours(hub(theirs)), TABLE.to_ours(theirs.state_dict())
+    assert not set(hub(theirs)) & set(theirs.state_dict())
     assert set(found) == set(expected_ours)
     assert all(torch.equal(found[name], expected_ours[name]) for name in found)
 
 
 def test_leftovers_are_listed() -> None:
     theirs = published().state_dict()
-    with pytest.raises(ValueError, match=r"belong to no part: image_newline"):
-        llava_to_ours({**theirs, "image_newline": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"llava projector: .*linear_3\.weight"):
-        llava_to_ours({**theirs, "model.multi_modal_projector.linear_3.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"belong to no part: contrast\.log_scale"):
-        llava_to_theirs({**llava_to_ours(theirs), "contrast.log_scale": torch.zeros(())})
+    strangers = {"image_newline": torch.zeros(1), "model.multi_modal_projector.linear_3.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"llava: published .*: image_newline, model\..*linear_3\.weight$"):
+        TABLE.to_ours({**theirs, **strangers})
+    with pytest.raises(ValueError, match=r"llava: tensors of ours .*: contrast\.log_scale$"):
+        TABLE.to_theirs({**TABLE.to_ours(theirs), "contrast.log_scale": torch.zeros(())})
 
 
 @pytest.mark.parametrize("change", [{"layer": -1}, {"layer": -3}, {"quick_gelu": False}])

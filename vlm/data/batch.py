@@ -23,22 +23,30 @@ from vlm.nn.tokens import IGNORE
 class Text:
     """Padded token ids: `valid` is False on padding, `labels` is IGNORE where nothing is supervised.
 
-    `full`: known without looking that nothing is padding, which spares attention its mask.
+    `full`: known without looking that nothing is padding, which spares attention its mask. `reply`: what an
+    encoder-decoder writes after reading this; the supervised tokens are there then.
     """
 
     ids: Int[Tensor, "M T"]
     valid: Bool[Tensor, "M T"]
     labels: Int[Tensor, "M T"]
     full: bool = False
+    reply: "Text | None" = None
+
+    @property
+    def written(self) -> "Text":
+        """The text whose tokens are predicted: the reply where there is one."""
+        return self if self.reply is None else self.reply
 
     def to(self, device: torch.device | str) -> "Text":
         """The same on another device."""
         ids, valid, labels = (part.to(device, non_blocking=True) for part in (self.ids, self.valid, self.labels))
-        return Text(ids, valid, labels, self.full)
+        return Text(ids, valid, labels, self.full, None if self.reply is None else self.reply.to(device))
 
     def select(self, index: Int[Tensor, "R"]) -> "Text":
         """Rows picked by index, with repeats."""
-        return Text(self.ids[index], self.valid[index], self.labels[index], self.full)
+        reply = None if self.reply is None else self.reply.select(index)
+        return Text(self.ids[index], self.valid[index], self.labels[index], self.full, reply)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Batch:
     positive: Bool[Tensor, "B M"]
     known: list[frozenset[str]] = field(default_factory=list)  # B: every caption of a sample, drawn or not
     normalize: Callable[[Tensor], Tensor] | None = None  # what the encoder takes, from `images`; None: they are it
+    shown: Int[Tensor, "K"] | None = None  # the images in the order in which prompts show them; None: `owner`
+    instructions: Text | None = None  # K: what a Q-Former reads beside each of these, in its own vocabulary
 
     @staticmethod
     def of_text(text: Text) -> "Batch":
@@ -87,6 +97,8 @@ class Batch:
             captions=self.captions.to(device),
             prompts=None if self.prompts is None else self.prompts.to(device),
             positive=self.positive.to(device, non_blocking=True),
+            shown=None if self.shown is None else self.shown.to(device, non_blocking=True),
+            instructions=None if self.instructions is None else self.instructions.to(device),
         )
 
 

@@ -245,15 +245,17 @@ def opt(
 
 
 def splice(
-    embedded: Float[Tensor, "B S D"], ids: Int[Tensor, "B S"], image: Float[Tensor, "B Q D"], image_id: int
+    embedded: Float[Tensor, "B S D"], ids: Int[Tensor, "B S"], image: Float[Tensor, "K Q D"], image_id: int
 ) -> Float[Tensor, "B S D"]:
-    """Puts each row's image tokens where its ids hold the placeholder, in order.
+    """Puts the tokens of K images where the rows' ids hold the placeholder: images in the order of the rows.
 
-    Every row must hold as many placeholders as there are image tokens.
+    A row may show none, one or several. ValueError: a row that holds a part of one, or other than K in all.
     """
     slots = ids == image_id
     found: list[int] = slots.sum(1).tolist()
-    if found != [image.shape[1]] * len(image):
-        tokens = f"{len(image)} images of {image.shape[1]} tokens each"
-        raise ValueError(f"image placeholders in the rows of the text: {found}, for {tokens}")
+    count, size = image.shape[:2]
+    if sum(found) != count * size or any(holes % size for holes in found):
+        raise ValueError(
+            f"image placeholders in the rows of the text: {found}, for {count} images of {size} tokens each"
+        )
     return embedded.masked_scatter(slots[..., None], image.to(embedded.dtype))

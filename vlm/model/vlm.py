@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlm.data.batch import Text
 from vlm.data.image import ImageTransform
 from vlm.model.heads import ContrastiveHead, MatchingHead
-from vlm.model.language import Decoder, splice
+from vlm.model.language import Language, splice
 from vlm.model.qformer import QFormer
 from vlm.model.text import TextEncoder
 from vlm.nn.block import ImageMemory, Output
@@ -77,7 +77,7 @@ class VisionLanguageModel(nn.Module):
         vision: ImageEncoder | None = None,
         connector: Connector | None = None,
         text: TextEncoder | None = None,
-        language: Decoder | None = None,
+        language: Language | None = None,
         contrast: ContrastiveHead | None = None,
         match: MatchingHead | None = None,
     ) -> None:
@@ -90,9 +90,9 @@ class VisionLanguageModel(nn.Module):
         self.text, self.language = text, language
         self.contrast, self.match = contrast, match
 
-    def see(self, images: Tensor) -> Seen:
-        """Looks at the images once; as of `encode`."""
-        return self.connect(self.encode(images))
+    def see(self, images: Tensor, instruction: Text | None = None) -> Seen:
+        """Looks at the images once; as of `encode` and `connect`."""
+        return self.connect(self.encode(images), instruction)
 
     def encode(self, images: Tensor) -> Float[Tensor, "B N C"]:
         """Image tokens of normalised pixels (B 3 H W), or features that the encoder gave before (B N C) as they are."""
@@ -100,8 +100,14 @@ class VisionLanguageModel(nn.Module):
             return images.float()
         return need(self.vision, "image encoder")(images)
 
-    def connect(self, image: Float[Tensor, "B N C"]) -> Seen:
-        """Runs the connector on image tokens (from `vision`, or a cache of it)."""
+    def connect(self, image: Float[Tensor, "B N C"], instruction: Text | None = None) -> Seen:
+        """Runs the connector on image tokens (from `vision`, or a cache of it).
+
+        `instruction`: what a Q-Former reads while it looks at each image (InstructBLIP), in its own vocabulary.
+        """
+        if instruction is not None:
+            qformer = self._qformer("an instruction beside the image")
+            return Seen(qformer.out(qformer.fuse(qformer.look(image), instruction.ids, instruction.valid)))
         if not isinstance(self.connector, QFormer):
             return Seen(need(self.connector, "connector")(image))
         memory = self.connector.look(image)

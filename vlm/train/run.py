@@ -20,6 +20,7 @@ from vlm.config.language import MoeFfn
 from vlm.config.load import ConfigError, load
 from vlm.data.batch import Batch
 from vlm.data.text import Tokenizer, load_tokenizer
+from vlm.model.language import Decoder
 from vlm.model.vlm import VisionLanguageModel
 from vlm.restore import TOKENIZER, initialise, relative_init, sourced_parts
 from vlm.train.alike import Speech
@@ -253,7 +254,7 @@ class Job:
     def _token_seconds(self, task: Task) -> float | None:
         """What a token takes at the peak of all devices; None with pictures, whose cost is counted by the sample."""
         language = task.model.language
-        if not isinstance(self.run.data, schema.TextData) or language is None:
+        if not isinstance(self.run.data, schema.TextData) or not isinstance(language, Decoder):
             return None
         return flops_per_token(language, self.run.data.length) / self._peak()
 

@@ -51,9 +51,27 @@ class Views:
         self.routings: list[Routing] = []  # of the mixtures of experts that were passed
 
     @cached_property
+    def encoded(self) -> Float[Tensor, "B N C"]:
+        """Image tokens of the encoder."""
+        return self.model.encode(self.batch.pixels)
+
+    @cached_property
     def seen(self) -> Seen:
         """The images, looked at once."""
-        return self.model.see(self.batch.pixels)
+        return self.model.connect(self.encoded)
+
+    @property
+    def shown(self) -> Seen:
+        """The images that the rows of the prompts show, in order; looked at as their instructions ask, if any do."""
+        batch = self.batch
+        if batch.instructions is not None:
+            index = batch.owner if batch.shown is None else batch.shown
+            return self.model.connect(self.encoded[index], batch.instructions)
+        seen = replace(self.seen, memory=None)
+        if batch.shown is not None:
+            return seen.select(batch.shown)
+        # Mostly each text belongs to the image of its own row.
+        return seen if len(batch.owner) == batch.size else seen.select(batch.owner)
 
     @cached_property
     def logits(self) -> Float[Tensor, "B M"]:
@@ -170,7 +188,7 @@ class Lm:
 
     def share(self, batch: Batch) -> int:
         """By supervised tokens, so that accumulating changes nothing."""
-        return int(torch.count_nonzero(self._text(batch).labels[:, 1:] != IGNORE))
+        return int(torch.count_nonzero(self._text(batch).written.labels[:, 1:] != IGNORE))
 
     def chance(self, images: int, texts: int) -> float:
         """ln V."""
@@ -180,12 +198,9 @@ class Lm:
         """Mean per supervised token."""
         batch = views.batch
         text = self._text(batch)
-        seen = None if batch.images is None else replace(views.seen, memory=None)
-        if seen is not None and len(batch.owner) != batch.size:  # else each text belongs to the image of its own row
-            seen = seen.select(batch.owner)
-        written = views.model.write(seen, text)
+        written = views.model.write(None if batch.images is None else views.shown, text)
         views.routings += written.routings
-        hidden, target = language.supervised(written.hidden, text.labels)
+        hidden, target = language.supervised(written.hidden, text.written.labels)
         return language.language(views.model.logits(hidden), target, self.label_smoothing)
 
     def _text(self, batch: Batch) -> Text:

@@ -12,7 +12,7 @@ def mixtral_table(tied: bool = False) -> Table:
         Experts((f"{moe}.experts.{{e}}.w1.weight", f"{moe}.experts.{{e}}.w3.weight"), f"{OURS}.ffn.gate_up"),
         Experts((f"{moe}.experts.{{e}}.w2.weight",), f"{OURS}.ffn.down"),
     )
-    return Table("mixtral", rows, ignored_names(tied), experts)
+    return Table("mixtral", (*rows, *experts), ignored_names(tied))
 
 
 def mixtral_memory_table(tied: bool = False) -> Table:

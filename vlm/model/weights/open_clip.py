@@ -1,6 +1,6 @@
 """CLIP's weights: open_clip's text tower and projections for ours, Hugging Face's image tower for open_clip's."""
 
-from vlm.model.weights.table import Row, Table, linear
+from vlm.model.weights.table import SCALAR, Row, Table, Transposed, linear
 
 
 def _attention(theirs: str, ours: str) -> list[Row]:
@@ -28,9 +28,9 @@ def open_clip_table() -> Table:
         *linear("ln_final", "text.stack.norm"),
         Row("token_embedding.weight", "text.embedding.weight"),
         Row("positional_embedding", "text.position"),
-        Row("text_projection", "contrast.text.weight", transpose=True),
-        Row("visual.proj", "contrast.image.weight", transpose=True),
-        Row("logit_scale", "contrast.log_scale", scalar=True),
+        Row("text_projection", "contrast.text.weight", Transposed()),
+        Row("visual.proj", "contrast.image.weight", Transposed()),
+        Row("logit_scale", "contrast.log_scale", SCALAR),
     ]
     return Table("open_clip", tuple(rows), ignored=(r"visual\.(?!proj$).*", r"attn_mask"))
 
@@ -40,23 +40,22 @@ def hf_clip_vision_table() -> Table:
     theirs, ours = "encoder.layers.{i}", "transformer.resblocks.{i}"
     attention = f"{theirs}.self_attn"
     fused = [
-        Row(f"{ours}.attn.in_proj_{part}", tuple(f"{attention}.{name}_proj.{part}" for name in "qkv"))
+        Row(tuple(f"{attention}.{name}_proj.{part}" for name in "qkv"), f"{ours}.attn.in_proj_{part}")
         for part in ("weight", "bias")
     ]
     pairs = [
-        (f"{ours}.attn.out_proj", f"{attention}.out_proj"),
-        (f"{ours}.ln_1", f"{theirs}.layer_norm1"),
-        (f"{ours}.ln_2", f"{theirs}.layer_norm2"),
-        (f"{ours}.mlp.c_fc", f"{theirs}.mlp.fc1"),
-        (f"{ours}.mlp.c_proj", f"{theirs}.mlp.fc2"),
-        ("ln_pre", "pre_layrnorm"),
-        ("ln_post", "post_layernorm"),
+        (f"{attention}.out_proj", f"{ours}.attn.out_proj"),
+        (f"{theirs}.layer_norm1", f"{ours}.ln_1"),
+        (f"{theirs}.layer_norm2", f"{ours}.ln_2"),
+        (f"{theirs}.mlp.fc1", f"{ours}.mlp.c_fc"),
+        (f"{theirs}.mlp.fc2", f"{ours}.mlp.c_proj"),
+        ("pre_layrnorm", "ln_pre"),
+        ("post_layernorm", "ln_post"),
     ]
     rows = fused + [row for a, b in pairs for row in linear(a, b)]
     rows += [
-        Row("class_embedding", "embeddings.class_embedding"),
-        Row("positional_embedding", "embeddings.position_embedding.weight"),
-        Row("conv1.weight", "embeddings.patch_embedding.weight"),
+        Row("embeddings.class_embedding", "class_embedding"),
+        Row("embeddings.position_embedding.weight", "positional_embedding"),
+        Row("embeddings.patch_embedding.weight", "conv1.weight"),
     ]
-    # Here open_clip's names are the fused side, so the table is written from them and read with `to_theirs`.
-    return Table("open_clip image tower", tuple(rows), ignored=("proj",))
+    return Table("CLIP image tower", tuple(rows), ignored=(r"embeddings\.position_ids",))

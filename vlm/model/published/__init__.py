@@ -1,0 +1,1 @@
+"""Published checkpoints as their authors released them: found, built from our parts, loaded, and written back."""

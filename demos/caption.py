@@ -14,7 +14,7 @@ from vlm.restore import restore
 def main(run: str, *pictures: str) -> None:
     """Prints a greedy caption and three sampled ones for each picture."""
     trained = restore(Path(run))  # settings, tokenizer and weights; frozen parts come from where the settings say
-    data = trained.run.data
+    data = trained.data
 
     # The encoder owns its transform: size, crop and normalisation are those it was trained with.
     transform = trained.model.vision.transform

@@ -23,7 +23,7 @@ def main(run: str, folder: str, *queries: str, best: int = 3) -> None:
     images = torch.stack([model.vision.transform(decode(path.read_bytes())) for path in paths])
     pictures = torch.cat([model.embed_image(model.see(part)) for part in images.split(64)])  # N Q E, unit vectors
 
-    longest = trained.run.data.max_tokens
+    longest = trained.data.max_tokens
     words = model.embed_text(pad([encode_caption(tokenizer, query, longest) for query in queries], tokenizer.pad))
 
     # A text is compared with the image vector that answers it best: one for CLIP, several for a Q-Former.

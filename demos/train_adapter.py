@@ -17,7 +17,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "adapter.yaml"
 def main(folder: str, out: str, *overrides: str) -> None:
     """Trains the adapter on the folder as it is and captions the first pictures."""
     train(CONFIG, [f"data.train={folder}", *overrides], out=Path(out))
-    caption(Path(out), [str(path) for path in list(find_images([folder]))[:5]])
+    caption(out, [str(path) for path in list(find_images([folder]))[:5]])
 
 
 if __name__ == "__main__":

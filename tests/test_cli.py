@@ -56,10 +56,10 @@ def test_arguments_arrive(vlm: Any) -> None:
     assert given == (0, [((Path("runs/quickstart"),), {"overwrite": False, "overrides": ("train.seed=1",)})])
     sampling = {"max_new": 9, "min_new": 0, "temperature": 0.5, "top_k": None, "top_p": None}
     sampling |= {"repetition_penalty": 1.0, "seed": 0}
-    drawn = vlm("caption", "run", "a.png", "-", "--json", "--max-new", "9", "--temperature", "0.5")
-    assert drawn == (0, [((Path("run"), ["a.png", "-"]), {"json": True, **sampling})])
+    drawn = vlm("caption", "a.png", "-", "--model", "run", "--json", "--max-new", "9", "--temperature", "0.5")
+    assert drawn == (0, [(("run", ["a.png", "-"]), {"json": True, **sampling})])
     plain = {"json": False, "caption": None, "k": 16}
-    assert vlm("evaluate", "run", "a.tar", "b.tar") == (0, [((Path("run"), ["a.tar", "b.tar"]), plain)])
+    assert vlm("evaluate", "a.tar", "b.tar", "-m", "run") == (0, [(("run", ["a.tar", "b.tar"]), plain)])
     given = vlm("shards", "preview", "a.tar", "--out", "s.jpg", "--count", "3")
     assert given == (0, [((["a.tar"], None, Path("s.jpg"), 3, 3), {})])
     limits = {"image": None, "caption": None, "min_side": 1, "max_tokens": None, "max_bad_fraction": 0.1}
@@ -75,7 +75,7 @@ def test_version_and_help(vlm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"quickstart", "train", "caption", "evaluate", "config"} <= set(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["caption", "run"], ["train", "x.yaml", "--stps=3"]])
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["caption", "a.png"], ["train", "x.yaml", "--stps=3"]])
 def test_wrong_arguments(vlm: Any, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert vlm(*arguments) == (2, [])
     assert "Usage: vlm" in capsys.readouterr().err

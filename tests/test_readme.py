@@ -49,7 +49,7 @@ def test_commands_of_the_error_example_print_it(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_wrong_option_would_be_noticed() -> None:
     with pytest.raises(click.UsageError):
-        app.commands["evaluate"].make_context("evaluate", ["run", "x.tar", "--no-such-option"])
+        app.commands["evaluate"].make_context("evaluate", ["x.tar", "--model", "run", "--no-such-option"])
 
 
 def test_links_lead_somewhere() -> None:

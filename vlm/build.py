@@ -241,13 +241,16 @@ def feature_info(settings: schema.Vision, encoder: vlm.ImageEncoder, dtype: Feat
     return FeatureInfo(tokens, dim, dtype, made, fingerprint(state, list(state)), shown)
 
 
-def transform(run: schema.Run, model: VisionLanguageModel, source: Pictures) -> Transform:
-    """How the samples of a source become what the model takes. Errors: features of another encoder, or augmented."""
+def transform(settings: schema.Vision | None, model: VisionLanguageModel, source: Pictures) -> Transform:
+    """How the samples of a source become what the model takes. Errors: features of another encoder, or augmented.
+
+    `settings`: of the model's encoder; None for a published model, whose features are not kept.
+    """
     encoder = need(model.vision, "image encoder")
     if not isinstance(source, FeatureShards):
         return encoder.transform
-    settings = run.model.vision
-    assert settings is not None
+    if settings is None:
+        raise ValueError(f"{source.folder} holds features of a run's encoder: give the pictures to a published model")
     if not settings.frozen:
         raise ValueError(f"model.vision.frozen=false: an encoder that learns cannot learn from {source.folder}")
     source.info.refuse_other(feature_info(settings, encoder), source.folder)
@@ -322,16 +325,21 @@ def training_loader(
 
 
 def evaluation_loader(
-    run: schema.Run, source: Pictures, transform: Transform, tokens: Tokenizer, image_tokens: int = 0
+    data: schema.PairData,
+    source: Pictures,
+    transform: Transform,
+    tokens: Tokenizer,
+    batch_size: int,
+    image_tokens: int = 0,
 ) -> Loader:
-    """Every sample once, as it is, with all its captions."""
+    """Every sample once, as it is, all its captions; also as prompts of a language model that reads `image_tokens`."""
     return Loader(
         source,
         transform,
         tokens,
-        run.train.batch_size,
-        max_tokens=run.pairs.max_tokens,
-        template=run.pairs.prompt if run.model.language is not None else None,
+        batch_size,
+        max_tokens=data.max_tokens,
+        template=data.prompt if image_tokens else None,
         image_tokens=image_tokens,
         captions_per_image=0,
         shuffle=False,

@@ -16,7 +16,14 @@ from vlm.cli_shards import pipe_option, shards
 folder = click.Path(path_type=Path)
 config_argument = click.argument("config", type=folder)
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-run_argument = click.argument("run", type=folder)
+model_option = click.option(
+    "--model",
+    "-m",
+    required=True,
+    metavar="MODEL",
+    help="The folder of a finished run, a published checkpoint (a folder or a file), or OWNER/NAME[@REVISION] of the "
+    "Hugging Face hub.",
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the run that the folder holds.")
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
@@ -100,42 +107,42 @@ def train(
 
 
 @app.command()
-@run_argument
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@model_option
 @json_option
-@click.option("--max-new", type=int, help="Tokens of the longest caption; the run's own limit unless given.")
+@click.option("--max-new", type=int, help="Tokens of the longest caption; the model's own limit unless given.")
 @click.option("--min-new", type=int, default=0, help="Tokens of the shortest caption.")
 @click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above 0 draws.")
 @click.option("--top-k", type=int, help="Draw among the k likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
 @click.option("--seed", type=int, default=0, help="Of the draws.")
-def caption(run: Path, images: tuple[str, ...], json: bool, **sampling: int | float | None) -> None:
+def caption(model: str, images: tuple[str, ...], json: bool, **sampling: int | float | None) -> None:
     """Describe images.
 
-    RUN is the folder of a finished run; IMAGE a file, a folder, or - for a list on standard input.
+    IMAGE is a file, a folder, or - for a list on standard input.
     """
     from vlm.eval.run import caption as describe
 
-    describe(run, list(images), json=json, **sampling)  # type: ignore[arg-type]  # click made each of its type
+    describe(model, list(images), json=json, **sampling)  # type: ignore[arg-type]  # click made each of its type
 
 
 @app.command()
-@run_argument
 @click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@model_option
 @json_option
 @click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
 @click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
 @pipe_option
-def evaluate(run: Path, shards: tuple[str, ...], json: bool, caption: str | None, k: int) -> None:
+def evaluate(model: str, shards: tuple[str, ...], json: bool, caption: str | None, k: int) -> None:
     """Measure image-text retrieval.
 
-    Recall at 1, 5 and 10, text to image and image to text. RUN is the folder of a finished run; SHARDS are tar files,
-    folders of them, patterns such as {000..003}.tar, addresses of them, or what else `vlm shards write` can read.
+    Recall at 1, 5 and 10, text to image and image to text. SHARDS are tar files, folders of them, patterns such as
+    {000..003}.tar, addresses of them, or what else `vlm shards write` can read.
     """
     from vlm.eval.run import evaluate as measure
 
-    measure(run, list(shards), json=json, caption=caption, k=k)
+    measure(model, list(shards), json=json, caption=caption, k=k)
 
 
 @app.command("config")

@@ -28,7 +28,27 @@ class Trained:
     model: VisionLanguageModel
     tokenizer: Tokenizer
     step: int
-    folder: Path
+    name: str
+
+    @property
+    def data(self) -> schema.PairData:
+        """How pictures and texts reach it. Errors: it was trained on text alone."""
+        return self.run.pairs
+
+    @property
+    def vision(self) -> schema.Vision | None:
+        """Which encoder its features are of."""
+        return self.run.model.vision
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures that it takes at a time."""
+        return self.run.train.batch_size
+
+    @property
+    def writes(self) -> bool:
+        """Was it trained to write?"""
+        return any(loss.kind == "lm" for loss in self.run.losses)
 
 
 def sourced_parts(run: schema.Run) -> set[str]:
@@ -110,7 +130,12 @@ def restore(folder: Path, device: torch.device | None = None) -> Trained:
     model.eval().requires_grad_(False)
     if device is not None:
         model.to(device)
-    return Trained(run, model, tokenizer, step, folder)
+    return Trained(run, model, tokenizer, step, str(folder))
+
+
+def open_model(name: str, device: torch.device | None = None) -> Trained:
+    """What `--model` names. Errors as of `restore`."""
+    return restore(Path(name), device)
 
 
 def relative_init(run: schema.Run, folder: Path) -> schema.Run:

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("kind", "found"), [("clip", {"itc"}), ("qformer", {"itc", "itm"})])
 def test_evaluate_prints_json(folder: Path, capsys: pytest.CaptureFixture[str], kind: str, found: set[str]) -> None:
-    evaluate(folder / kind, [str(folder / "test.tar")], json=True)
+    evaluate(str(folder / kind), [str(folder / "test.tar")], json=True)
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"retrieval", "chance", "counts"}
     assert set(result["retrieval"]) == found
@@ -70,7 +70,7 @@ def test_re_ranking_asks_what_was_trained(folder: Path) -> None:
     trained = restore(folder / "qformer")
     model, tokenizer = trained.model, trained.tokenizer
     source = Shards(str(folder / "test.tar"))
-    loader = build.evaluation_loader(trained.run, source, model.vision.transform, tokenizer)
+    loader = build.evaluation_loader(trained.data, source, model.vision.transform, tokenizer, trained.batch_size)
     features = extract(model, loader, keep_tokens=True)
     image, text = torch.cartesian_prod(torch.arange(8), torch.arange(8)).unbind(1)
     (batch,) = loader.once()
@@ -109,7 +109,7 @@ def test_unusable_samples_are_counted(folder: Path) -> None:
 
 
 def test_evaluate_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(folder / "qformer", [str(folder / "test.tar")])
+    evaluate(str(folder / "qformer"), [str(folder / "test.tar")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["itc", "itm", "chance"]
     assert lines[0].split()[:2] == ["t2i", "R@1"]
@@ -123,7 +123,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["qformer", "decoder"])
 def test_captions_name_what_was_learned(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    caption(folder / kind, [str(folder / "pictures")])
+    caption(str(folder / kind), [str(folder / "pictures")])
     found = said(capsys)
     assert list(found) == sorted(COLOURS[:6])[:3] + sorted(COLOURS[6:]) + sorted(COLOURS[:6])[3:]  # in order of paths
     assert sum(text == f"a {colour} square" for colour, text in found.items()) >= 6
@@ -134,7 +134,7 @@ def test_files_and_a_list_on_standard_input(
 ) -> None:
     red, blue = folder / "pictures" / "red.png", folder / "pictures" / "blue.png"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{blue}\n\n{red}\n"))
-    caption(folder / "decoder", [str(red), "-"], json=True)
+    caption(str(folder / "decoder"), [str(red), "-"], json=True)
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["image"] for record in records] == [str(red), str(blue), str(red)]
     assert set(records[0]) == {"image", "caption"}
@@ -146,7 +146,7 @@ def test_a_picture_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixtu
     bad.write_bytes(b"\x89PNG and no more")
     good = [str(folder / "pictures" / f"{colour}.png") for colour in ("red", "blue")]
     with pytest.raises(SystemExit) as caught:
-        caption(folder / "decoder", [good[0], str(bad), good[1]])
+        caption(str(folder / "decoder"), [good[0], str(bad), good[1]])
     assert caught.value.code == 1
     printed = capsys.readouterr()
     assert [line.split("\t")[0] for line in printed.out.splitlines()] == good
@@ -158,7 +158,7 @@ def test_only_unreadable_pictures(folder: Path, capsys: pytest.CaptureFixture[st
     bad = folder / "empty.png"
     bad.touch()
     with pytest.raises(SystemExit):
-        caption(folder / "decoder", [str(bad)])
+        caption(str(folder / "decoder"), [str(bad)])
     assert capsys.readouterr().out == ""
 
 
@@ -175,17 +175,17 @@ def test_batched_captions_equal_single_ones(folder: Path, kind: str, sampling: S
 def test_batches_are_joined_in_order(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caption(folder / "decoder", [str(folder / "pictures")])
+    caption(str(folder / "decoder"), [str(folder / "pictures")])
     whole = capsys.readouterr().out
     monkeypatch.setattr(run_module, "BATCH", 3)
-    caption(folder / "decoder", [str(folder / "pictures")])
+    caption(str(folder / "decoder"), [str(folder / "pictures")])
     assert capsys.readouterr().out == whole
 
 
 def test_sampled_captions_follow_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def drawn(seed: int) -> dict[str, str]:
         options: dict[str, Any] = {"temperature": 3.0, "top_k": 50, "seed": seed}
-        caption(folder / "decoder", [str(folder / "pictures")], **options)
+        caption(str(folder / "decoder"), [str(folder / "pictures")], **options)
         return said(capsys)
 
     assert drawn(1) == drawn(1)

@@ -120,7 +120,7 @@ def read(source: str) -> tuple[Words, ...]:
         ("shards", "check", source),
         ("shards", "preview", source),
         ("shards", "write", source, "written", "--max-bad-fraction", "1"),
-        ("evaluate", "run", source),
+        ("evaluate", source, "--model", "run"),
     )
 
 
@@ -134,7 +134,7 @@ def weights(name: str) -> tuple[Words, ...]:
 
 
 RUN = (
-    ("evaluate", "run", "s.tar"),
+    ("evaluate", "s.tar", "--model", "run"),
     ("train", "c.yaml", "--out", "run", "--resume"),
     ("train", "c.yaml", "--out", "run", "--resume", "auto"),
 )
@@ -198,9 +198,9 @@ FILES = {
     "base of a config": Attack(config("", "base: 'pipe:touch marker'\n"), CONFIG, 2, "No such file"),
     "YAML in an override": Attack(nothing, (("config", "c.yaml", f"train.steps={YAML}"),), 2, "is not YAML"),
     "a picture's name": Attack(
-        nothing, (("caption", "run", "|touch marker"), ("caption", "run", "pipe:touch marker")), 2, "no such file"
+        nothing, (("caption", "|touch marker", "-mrun"), ("caption", "pipe:touch marker", "-mrun")), 2, "no such file"
     ),
-    "a pickle as a picture": Attack(file("evil.png", PICKLE), (("caption", "run", "evil.png"),), 1, "not an image"),
+    "a pickle as a picture": Attack(file("evil.png", PICKLE), (("caption", "evil.png", "-mrun"),), 1, "not an image"),
 }  # fmt: skip
 
 RUNS = {

@@ -59,7 +59,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_difference(
     save_file(tensors, newest / "model.safetensors")
     checkpoint.seal(newest, checkpoint.read_state(newest))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for words in (resume, ("evaluate", "run", "squares.tar")):
+    for words in (resume, ("evaluate", "squares.tar", "--model", "run")):
         done = vlm(*words, folder=tmp_path)
         assert (done.code, done.out) == (2, "")
         assert done.err.splitlines()[-2:] == [

@@ -213,7 +213,7 @@ def test_out_is_a_file(vlm: Commands, place: Path) -> None:
     assert refused(vlm, place, "train", "clip.yaml", "--out", "squares.tar") == ["vlm: --out: squares.tar is a file"]
 
 
-@pytest.mark.parametrize("verb", [["evaluate", "RUN", "squares.tar"], ["caption", "RUN", "red.png"]])
+@pytest.mark.parametrize("verb", [["evaluate", "squares.tar", "-m", "RUN"], ["caption", "red.png", "-m", "RUN"]])
 def test_what_is_no_run(vlm: Commands, place: Path, verb: list[str]) -> None:
     (place / "red.png").write_bytes(picture("red"))
     (place / "begun").mkdir()
@@ -227,11 +227,11 @@ def test_what_is_no_run(vlm: Commands, place: Path, verb: list[str]) -> None:
 
 
 def test_a_run_that_cannot_do_it(vlm: Commands, trained: Path) -> None:
-    assert refused(vlm, trained, "evaluate", "runs/decoder", "squares.tar") == [
+    assert refused(vlm, trained, "evaluate", "squares.tar", "--model", "runs/decoder") == [
         "vlm: runs/decoder was trained without itc, so it cannot rank images and texts"
     ]
     (trained / "red.png").write_bytes(picture("red"))
-    assert refused(vlm, trained, "caption", "runs/clip", "red.png") == [
+    assert refused(vlm, trained, "caption", "red.png", "--model", "runs/clip") == [
         "vlm: runs/clip was trained without lm, so it cannot write captions"
     ]
 
@@ -249,15 +249,15 @@ def test_a_run_that_cannot_do_it(vlm: Commands, trained: Path) -> None:
 )
 def test_options_out_of_range(vlm: Commands, trained: Path, options: list[str], message: str) -> None:
     (trained / "red.png").write_bytes(picture("red"))
-    assert refused(vlm, trained, "caption", "runs/qformer", "red.png", *options) == [message]
+    assert refused(vlm, trained, "caption", "red.png", "--model", "runs/qformer", *options) == [message]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "runs/clip", "squares.tar", "--rerank", "0"], "Invalid value for '--rerank': 0 is not in"),
+        (["evaluate", "squares.tar", "-mruns/clip", "--rerank", "0"], "Invalid value for '--rerank': 0 is not in"),
         (["train", "clip.yaml", "--stps=3"], "No such option '--stps'"),
-        (["caption", "runs/qformer"], "Missing argument 'IMAGE...'"),
+        (["caption", "--model", "runs/qformer"], "Missing argument 'IMAGE...'"),
         (["trian"], "No such command 'trian'"),
     ],
 )  # fmt: skip
@@ -269,9 +269,9 @@ def test_wrong_arguments(vlm: Commands, trained: Path, arguments: list[str], mes
 
 def test_no_picture(vlm: Commands, trained: Path) -> None:
     (trained / "empty").mkdir(exist_ok=True)
-    (line,) = refused(vlm, trained, "caption", "runs/qformer", "empty")
+    (line,) = refused(vlm, trained, "caption", "empty", "--model", "runs/qformer")
     assert line.startswith("vlm: empty: no picture in this folder (.bmp, ")
-    assert refused(vlm, trained, "caption", "runs/qformer", "non.png") == ["vlm: non.png: no such file or folder"]
+    assert refused(vlm, trained, "caption", "non.png", "-m", "runs/qformer") == ["vlm: non.png: no such file or folder"]
 
 
 def crafted(trained: Path, folder: Path, kind: str, change: Any) -> Path:
@@ -291,7 +291,7 @@ def crafted(trained: Path, folder: Path, kind: str, change: Any) -> Path:
 def test_features_that_are_not_numbers(vlm: Commands, trained: Path, tmp_path: Path) -> None:
     squares(tmp_path / "squares.tar")
     crafted(trained, tmp_path, "clip", lambda tensors: tensors["contrast.image.weight"].fill_(torch.nan))
-    (line,) = refused(vlm, tmp_path, "evaluate", "runs/clip", "squares.tar", "--json")
+    (line,) = refused(vlm, tmp_path, "evaluate", "squares.tar", "--model", "runs/clip", "--json")
     assert "finite" in line
 
 
@@ -303,7 +303,7 @@ def test_a_checkpoint_that_does_not_fit(vlm: Commands, trained: Path, tmp_path: 
         tensors["text.position"] = torch.zeros(7, 24)
 
     copy = crafted(trained, tmp_path, "clip", change).relative_to(tmp_path)
-    assert refused(vlm, tmp_path, "evaluate", "runs/clip", "squares.tar") == [
+    assert refused(vlm, tmp_path, "evaluate", "squares.tar", "--model", "runs/clip") == [
         f"vlm: {copy} does not fit the model of its config:",
         "  missing: contrast.log_scale 1",
         "  not in the model: contrast.extra 1",

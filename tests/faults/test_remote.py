@@ -41,7 +41,7 @@ def test_every_verb_reads_addresses(vlm: Commands, site: Site, tmp_path: Path) -
     done("train", config, "data.shard_cache=one", "--out", "run")
     done("train", config, "data.shard_cache=two", "data.shard_cache_gb=1", "--out", "run", "--resume")
     assert len(list((tmp_path / "two").rglob("*.tar"))) == 2
-    assert "16 images, 16 captions" in done("evaluate", "run", shards)
+    assert "16 images, 16 captions" in done("evaluate", shards, "--model", "run")
     assert "0 of 16 samples in 2 shards are unusable" in done("shards", "check", shards)
     assert "12 pictures with their captions" in done("shards", "preview", shards, "--config", config)
     assert "16 pictures with 16 captions in 1 shards" in done("shards", "write", shards, "written")

@@ -102,7 +102,7 @@ def test_experts_balanced_by_a_bias(vlm: Commands, tmp_path: Path, engine: str) 
         assert done.code == 0, done.err
     equal(tmp_path / "two", tmp_path / "one", 3)
     (tmp_path / "red.png").write_bytes(picture("red"))
-    assert vlm("caption", "two", "red.png", folder=tmp_path).code == 0
+    assert vlm("caption", "red.png", "--model", "two", folder=tmp_path).code == 0
     biases = [key for key in load_file(tmp_path / "two/step-0000003/model.safetensors") if key.endswith("router.bias")]
     assert len(biases) == 2
 

@@ -1,4 +1,4 @@
-"""`vlm evaluate` and `vlm caption`: a trained run against shards, or against pictures."""
+"""`vlm evaluate` and `vlm caption`: a trained model against shards, or against pictures."""
 
 import json as jsonlib
 import sys
@@ -19,15 +19,15 @@ from vlm.model.generate import Decoding, Sampling
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device, fast_float32
 from vlm.nn.layout import lay_out_for_decoding
-from vlm.restore import Trained, restore
+from vlm.restore import Trained, open_model
 
 BATCH = 32  # pictures captioned together
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-def evaluate(run: Path, shards: Sequence[str], json: bool = False, caption: str | None = None, k: int = 16) -> None:
-    """Prints recall both ways, by ITC and (if the model has the head) re-ranked by ITM."""
-    result = retrieval(restore(run, best_device()), shards, caption, k)
+def evaluate(model: str, shards: Sequence[str], json: bool = False, caption: str | None = None, k: int = 16) -> None:
+    """Prints recall both ways, by ITC and (if the model has the head) re-ranked by ITM; `model`: as of `open_model`."""
+    result = retrieval(open_model(model, best_device()), shards, caption, k)
     print(jsonlib.dumps(result, indent=1) if json else as_text(result))
 
 
@@ -38,14 +38,13 @@ def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = Non
     """
     model = trained.model
     if model.contrast is None:
-        raise ValueError(f"{trained.folder} was trained without itc, so it cannot rank images and texts")
-    data = trained.run.pairs
+        raise ValueError(f"{trained.name} was trained without itc, so it cannot rank images and texts")
+    data = trained.data
     source = build.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
     if isinstance(source, Source):
         print(source.about, file=sys.stderr)
-    loader = build.evaluation_loader(
-        trained.run, source, build.transform(trained.run, model, source), trained.tokenizer
-    )
+    transform = build.transform(trained.vision, model, source)
+    loader = build.evaluation_loader(data, source, transform, trained.tokenizer, trained.batch_size)
     features = extract(model, loader, keep_tokens=model.match is not None)
     arguments = (features.image, features.text, features.image_ids, features.text_ids)
     found: dict[str, Any] = {"itc": summarize(rank_counts(*arguments))}
@@ -87,7 +86,7 @@ def _values(summary: Summary, measures: Sequence[str]) -> list[str]:
 
 
 def caption(
-    run: Path,
+    model: str,
     images: Sequence[str],
     json: bool = False,
     max_new: int | None = None,
@@ -100,16 +99,17 @@ def caption(
 ) -> None:
     """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1.
 
-    `max_new`: tokens of the longest caption, `data.max_tokens` of the run unless given; the rest as in `Sampling`.
+    `model`: as of `open_model`. `max_new`: tokens of the longest caption, as long as those that the model was trained
+    on unless given; the rest as in `Sampling`.
     """
     Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
     paths = list(find_images(images))
-    trained = restore(run, best_device())
-    if "lm" not in {loss.kind for loss in trained.run.losses}:
-        raise ValueError(f"{run} was trained without lm, so it cannot write captions")
+    trained = open_model(model, best_device())
+    if not trained.writes:
+        raise ValueError(f"{model} was trained without lm, so it cannot write captions")
     if best_device().type == "cpu":
         lay_out_for_decoding(trained.model)
-    longest = trained.run.pairs.max_tokens if max_new is None else max_new
+    longest = trained.data.max_tokens if max_new is None else max_new
     sampling = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
     generator = torch.Generator(best_device()).manual_seed(seed)
     bad = 0
@@ -141,7 +141,7 @@ def captions(
     trained: Trained, images: Tensor, decoding: Decoding, generator: torch.Generator | None = None
 ) -> list[str]:
     """Captions of normalised images, B 3 H W."""
-    data = trained.run.pairs
+    data = trained.data
     device = next(trained.model.parameters()).device
     with fast_float32():
         return describe(

@@ -82,13 +82,14 @@ class PairFeed:
 
     def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
         """Augmented batches for training; the validation data as it is."""
-        wanted = tokenizer, model.image_tokens
-        transform = build.transform(self._run, model, self._shards)
-        self._loader = build.training_loader(self._run, self._shards, transform, *wanted)
+        transform = build.transform(self._run.model.vision, model, self._shards)
+        self._loader = build.training_loader(self._run, self._shards, transform, tokenizer, model.image_tokens)
         once = None
         if self._data.val is not None:
             val = _opened(self._data, self._data.val)
-            once = build.evaluation_loader(self._run, val, build.transform(self._run, model, val), *wanted).once
+            seen_as = build.transform(self._run.model.vision, model, val)
+            size = self._run.train.batch_size
+            once = build.evaluation_loader(self._data, val, seen_as, tokenizer, size, model.image_tokens).once
         return self._loader.train, once
 
     def left_out(self) -> Counter[str]:

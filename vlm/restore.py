@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
+from vlm.config.language import PublishedLanguage
 from vlm.config.load import load
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
@@ -54,8 +55,14 @@ class Trained:
 def sourced_parts(run: schema.Run) -> set[str]:
     """Parts whose starting weights can be had again: from a hub or a file by name, or from another run."""
     return {part for part, source in run.model.init.items() if source} | (
-        {"vision"} if run.model.vision is not None and run.model.vision.weights is not None else set()
+        {part for part, named in _named(run.model).items() if named}
     )
+
+
+def _named(model: schema.Model) -> dict[str, str | None]:
+    """Parts whose settings can name a source of their own."""
+    language = model.language.name if isinstance(model.language, PublishedLanguage) else None
+    return {"vision": None if model.vision is None else model.vision.source, "language": language}
 
 
 def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vlm.train.optim import Rule, assign, make_optimizer, rate, set_rate, table
+from vlm.train.optim import Rule, Schedule, assign, make_optimizer, set_rate, table
 
 
 def model() -> nn.Module:
@@ -129,22 +129,29 @@ def test_only_matrices_shrink_without_a_gradient() -> None:
     [(0, 1 / 5), (3, 4 / 5), (4, 1.0), (8, 0.1 + 0.9 * 0.5), (12, 0.1), (20, 0.1)],
 )
 def test_rate_by_hand(step: int, expected: float) -> None:
-    assert rate(step, steps=12, warmup=4, final=0.1) == pytest.approx(expected)
+    assert Schedule(warmup=4, final=0.1)(step, 12) == pytest.approx(expected)
 
 
 def test_rate_without_warmup_starts_at_the_peak() -> None:
-    assert rate(0, steps=10, warmup=0, final=0.0) == 1.0
-    assert rate(9, steps=10, warmup=0, final=0.0) > 0
+    assert Schedule()(0, 10) == 1.0
+    assert Schedule()(9, 10) > 0
 
 
 @given(st.integers(1, 300), st.data())
 def test_rate_rises_then_falls(steps: int, data: st.DataObject) -> None:
     warmup, final = data.draw(st.integers(0, steps - 1)), data.draw(st.floats(0, 1))
-    rates = [rate(step, steps, warmup, final) for step in range(steps)]
+    rates = [Schedule(warmup, final)(step, steps) for step in range(steps)]
     assert all(before < after for before, after in itertools.pairwise(rates[: warmup + 1]))
     assert all(before >= after for before, after in itertools.pairwise(rates[warmup:]))
     assert rates[warmup] == 1.0
     assert all(0 < value <= 1 for value in rates)
+
+
+def test_other_curves_and_drops_by_hand() -> None:
+    linear = Schedule(warmup=2, final=0.2, curve="linear")
+    assert [linear(step, 10) for step in (2, 6, 10)] == pytest.approx([1.0, 0.6, 0.2])
+    steps = Schedule(curve="constant", drops={0.8: 0.316, 0.9: 0.5})
+    assert [steps(step, 10) for step in (0, 7, 8, 9)] == pytest.approx([1.0, 1.0, 0.316, 0.158])
 
 
 def test_set_rate_keeps_the_ratio_of_groups() -> None:

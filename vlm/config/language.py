@@ -1,10 +1,10 @@
 """Settings of the language model: what mixes tokens, what stands between the mixers, and where the norms are."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.section import BelowOne, Positive, Section, usually
+from vlm.config.section import BelowOne, Positive, Section, nothing_said, usually
 
 
 class AttentionMixer(Section):
@@ -81,6 +81,23 @@ class MoeFfn(Section):
 Ffn = Annotated[GatedMlpFfn | MoeFfn, Field(discriminator="kind"), usually("gated_mlp")]
 
 
+class PublishedLanguage(Section):
+    """A published language model, with its weights or only its architecture."""
+
+    kind: Literal["published"]
+    name: str | None = Field(None, description="folder, file, or OWNER/NAME[@REVISION] of the hub; null: random")
+    architecture: dict[str, Any] | None = Field(
+        None, description="what its config.json holds (model_type, hidden_size, ...); read there unless given"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="of its weights where none of them learns")
+
+    @model_validator(mode="after")
+    def _something_is_said(self) -> "PublishedLanguage":
+        if problem := nothing_said(self.name, self.architecture):
+            raise ValueError(problem)
+        return self
+
+
 class TransformerLanguage(Section):
     """A decoder, Llama-like unless told otherwise."""
 
@@ -117,3 +134,6 @@ class TransformerLanguage(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+Language = Annotated[TransformerLanguage | PublishedLanguage, Field(discriminator="kind")]

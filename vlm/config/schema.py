@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from vlm.config.language import TransformerLanguage
-from vlm.config.section import BelowOne, Fraction, Positive, Section, usually
+from vlm.config.language import Language
+from vlm.config.section import BelowOne, Fraction, Positive, Section, nothing_said, usually
 
 Dtype = Literal["float32", "bfloat16"]
 Part = Literal["vision", "connector", "text", "language", "contrast", "match"]
@@ -23,29 +23,67 @@ class VisionBase(Section):
     """What every image encoder has."""
 
     kind: str
-    name: str = Field(description="model name of the library")
-    weights: str | None = Field(None, description="pretrained tag, file, or null for random")
     layer: int = Field(-1, description="-1: normalised output; -2: output of the last block but one (LLaVA)")
     class_token: Literal["keep", "drop"] = "keep"
-    image_size: Positive | None = Field(None, description="pixels; the model's own unless given")
     frozen: bool = True
     dtype: Dtype | None = Field(None, description="dtype of a frozen encoder's weights and arithmetic")
 
+    @property
+    def source(self) -> str | None:
+        """Where its weights come from; None for random ones."""
+        return None
 
-class OpenClipVision(VisionBase):
+
+class LibraryVision(VisionBase):
+    """One that a library knows by name."""
+
+    name: str = Field(description="model name of the library")
+    weights: str | None = Field(None, description="pretrained tag, file, or null for random")
+    image_size: Positive | None = Field(None, description="pixels; the model's own unless given")
+
+    @property
+    def source(self) -> str | None:
+        """Where its weights come from; None for random ones."""
+        return self.weights
+
+
+class OpenClipVision(LibraryVision):
     """The image tower of an open_clip model."""
 
     kind: Literal["open_clip"]
 
 
-class TimmVision(VisionBase):
+class TimmVision(LibraryVision):
     """A timm model without its classifier."""
 
     kind: Literal["timm"]
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 
 
-Vision = Annotated[OpenClipVision | TimmVision, Field(discriminator="kind")]
+class PublishedVision(VisionBase):
+    """The image encoder of a published system: CLIP, SigLIP, BLIP-2, LLaVA."""
+
+    kind: Literal["published"]
+    name: str | None = Field(
+        None, description="folder, file, or OWNER/NAME[@REVISION] of the hub; null: random weights"
+    )
+    architecture: dict[str, Any] | None = Field(
+        None, description="the vision_config of its config.json (model_type, hidden_size, ...); read there unless given"
+    )
+
+    @property
+    def source(self) -> str | None:
+        """Where its weights come from; None for random ones."""
+        return self.name
+
+    @model_validator(mode="after")
+    def _something_is_said(self) -> "PublishedVision":
+        if problem := nothing_said(self.name, self.architecture):
+            raise ValueError(problem)
+        return self
+
+
+Vision = Annotated[OpenClipVision | TimmVision | PublishedVision, Field(discriminator="kind")]
 
 
 class LinearConnector(Section):
@@ -102,11 +140,12 @@ class Model(Section):
     vision: Vision | None = None
     connector: Connector | None = None
     text: TextTower | None = None
-    language: TransformerLanguage | None = None
+    language: Language | None = None
     embed_dim: Positive = Field(256, description="width of the contrastive space")
     temperature: float = Field(0.07, gt=0, description="where the learned temperature starts")
     init: dict[Part, str | None] = Field(
-        default_factory=dict, description="parts whose weights come from the folder of another run"
+        default_factory=dict,
+        description="parts whose weights come from the folder of another run, or from a published checkpoint",
     )
 
 
@@ -118,6 +157,13 @@ class FileTokenizer(Section):
 
     kind: Literal["file"]
     path: str
+
+
+class PublishedTokenizer(Section):
+    """The tokenizer of a published model."""
+
+    kind: Literal["published"]
+    name: str = Field(description="folder, or OWNER/NAME[@REVISION] of the hub")
 
 
 class ClipTokenizer(Section):
@@ -133,7 +179,7 @@ class BpeTokenizer(Section):
     vocab: Positive = 2000
 
 
-Tokenizer = Annotated[FileTokenizer | ClipTokenizer | BpeTokenizer, Field(discriminator="kind")]
+Tokenizer = Annotated[FileTokenizer | PublishedTokenizer | ClipTokenizer | BpeTokenizer, Field(discriminator="kind")]
 
 
 class Augment(Section):
@@ -283,8 +329,13 @@ class Train(Section):
     params: list[Group] = Field([Group(match=".*", lr=1e-4)], description="who learns, and how fast", min_length=1)
     weight_decay: float = Field(0.05, ge=0, description="on matrices; never on biases, norms and single vectors")
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0, description="AdamW's, beside the root of the second moment")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up")
-    final_lr: Fraction = Field(0.0, description="the cosine's end, as a fraction of the peak")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr: Fraction = Field(0.0, description="where the schedule ends, as a fraction of the peak")
+    drops: dict[Fraction, float] = Field(
+        default_factory=dict, description="from these shares of the steps on the rate is multiplied by these factors"
+    )
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights, used from then on")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where it is faster")

@@ -16,6 +16,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def nothing_said(name: str | None, architecture: dict[str, Any] | None) -> str:
+    """What is wrong with how a published part is told, if anything."""
+    if name is None and architecture is None:
+        return "name: not set, and without it an architecture must be given"
+    if architecture is not None and "model_type" not in architecture:
+        return "architecture: has no model_type, such as llama, opt or clip_vision_model"
+    return ""
+
+
 def usually(kind: str) -> BeforeValidator:
     """A choice that need not name its `kind`: this one unless given."""
 

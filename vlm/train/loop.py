@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from vlm.train.average import Average
 from vlm.train.diagnose import explain
 from vlm.train.experts import Health
 from vlm.train.log import Log, Quiet
-from vlm.train.optim import rate, set_rate
+from vlm.train.optim import Schedule, set_rate
 from vlm.train.parallel import Passes
 from vlm.train.pool import pooled
 from vlm.train.signals import Interrupted, catch_signals
@@ -36,8 +36,7 @@ class Plan:
 
     steps: int
     accumulate: int = 1
-    warmup: int = 0
-    final_lr: float = 0.0
+    schedule: Schedule = field(default_factory=Schedule)
     clip: float | None = 1.0
     seed: int = 0
     eval_every: int | None = None
@@ -100,7 +99,7 @@ def fit(
     task.train()
     with catch_signals() as asked, exchanging():
         for step in range(start, plan.steps):
-            set_rate(optimizer, rate(step, plan.steps, plan.warmup, plan.final_lr))
+            set_rate(optimizer, plan.schedule(step, plan.steps))
             began = time.perf_counter()
             group = [next(batches) for _ in lanes]
             waited = time.perf_counter() - began

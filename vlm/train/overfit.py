@@ -12,7 +12,7 @@ from vlm.restore import relative_init
 from vlm.train.feed import feed
 from vlm.train.log import note
 from vlm.train.loop import one_step
-from vlm.train.optim import rate, set_rate
+from vlm.train.optim import Schedule, set_rate
 from vlm.train.run import Job
 from vlm.world import World, started
 
@@ -52,10 +52,11 @@ def _learn(job: Job) -> tuple[bool, str]:
     chance = {o.name: o.chance(batch.size, len(batch.owner)) for o in task.objectives}
     weight = {o.name: o.weight for o in task.objectives}
     enough = ENOUGH * sum(weight[name] * value for name, value in chance.items())
+    rates = Schedule(settings.warmup, curve="constant")
     task.train()
     said = ""
     for step in range(settings.steps):
-        set_rate(job.optimizer, rate(step, settings.steps, settings.warmup, 1.0))
+        set_rate(job.optimizer, rates(step, settings.steps))
         losses, _ = one_step(job.passes, [batch], [step], job.optimizer, settings.clip, job.health)
         told = "  ".join(f"{name} {losses[name]:.3f} (chance {value:.3f})" for name, value in chance.items())
         said = f"{batch.size} samples, step {step + 1}/{settings.steps}  {told}"

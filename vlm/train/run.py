@@ -16,7 +16,7 @@ from typing import Any
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
-from vlm.config.language import MoeFfn
+from vlm.config.language import MoeFfn, TransformerLanguage
 from vlm.config.load import ConfigError, load
 from vlm.data.batch import Batch
 from vlm.data.text import Tokenizer, load_tokenizer
@@ -32,7 +32,7 @@ from vlm.train.folder import Resume, check_folder, prepare
 from vlm.train.lock import locked
 from vlm.train.log import Log, Quiet, check_reports, note
 from vlm.train.loop import Plan, Progress, fit
-from vlm.train.optim import Line, Rule, assign, make_optimizer, table
+from vlm.train.optim import Line, Rule, Schedule, assign, make_optimizer, table
 from vlm.train.parallel import Passes, Replicas, Shards, compile_layers, recompute
 from vlm.train.signals import Interrupted, leave
 from vlm.train.speed import flops_per_token, peak_flops
@@ -149,7 +149,7 @@ class Job:
         task = Task(model.to(world.device), objectives)
         self.seconds = self._sample_seconds(task), self._token_seconds(task)
         self.passes = self._spread(task)
-        self.optimizer = make_optimizer(model, decided, run.train.betas)
+        self.optimizer = make_optimizer(model, decided, run.train.betas, run.train.eps)
         self.average = None if run.train.ema is None else Average(model, run.train.ema)
         if saved is not None:
             checkpoint.load_optimizer(saved, model, self.optimizer)
@@ -270,7 +270,9 @@ def numbers(start: int, lanes: int, world: World) -> Iterator[int]:
 def bias_rate(run: schema.Run) -> float | None:
     """Step of the experts' selection bias, if that is what balances them."""
     language = run.model.language
-    return language.ffn.bias_rate if language is not None and isinstance(language.ffn, MoeFfn) else None
+    if not isinstance(language, TransformerLanguage) or not isinstance(language.ffn, MoeFfn):
+        return None
+    return language.ffn.bias_rate
 
 
 def objective(settings: schema.Loss, tokenizer: Tokenizer, accumulate: int = 1) -> Objective:
@@ -308,8 +310,7 @@ def plan(train: schema.Train) -> Plan:
     return Plan(
         train.steps,
         train.accumulate,
-        train.warmup,
-        train.final_lr,
+        Schedule(train.warmup, train.final_lr, train.schedule, train.drops),
         train.clip,
         train.seed,
         train.eval_every,

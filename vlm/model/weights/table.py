@@ -144,6 +144,11 @@ class Row:
         """The same with prefixes."""
         return replace(self, theirs=_prefixed(theirs, self.theirs), ours=_prefixed(ours, self.ours))
 
+    def within(self, ours: str) -> "Row":
+        """The same without a prefix of ours."""
+        names = tuple(name.removeprefix(ours) for name in _tuple(self.ours))
+        return replace(self, ours=names[0] if isinstance(self.ours, str) else names)
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -174,6 +179,10 @@ class Experts:
     def under(self, theirs: str, ours: str) -> "Experts":
         """The same with prefixes."""
         return replace(self, theirs=tuple(theirs + name for name in self.theirs), ours=ours + self.ours)
+
+    def within(self, ours: str) -> "Experts":
+        """The same without a prefix of ours."""
+        return replace(self, ours=self.ours.removeprefix(ours))
 
     def _unit(self, number: str, count: int) -> Unit:
         names = [_fill(pattern, number).replace("{e}", str(e)) for e in range(count) for pattern in self.theirs]
@@ -233,6 +242,14 @@ class Table:
             tuple(re.escape(theirs) + f"(?:{pattern})" for pattern in self.ignored),
             tuple((rf"^{re.escape(theirs)}{old.removeprefix('^')}", theirs + new) for old, new in self.spellings),
         )
+
+    def only(self, ours: str) -> "Table":
+        """The table of the part whose names of ours begin so; what the files hold of the other parts is passed over."""
+        mine = [row for row in self.rows if all(name.startswith(ours) for name in _tuple(row.ours))]
+        others = [name for row in self.rows if row not in mine for name in _tuple(row.theirs)]
+        passed = tuple(_expression(name).pattern for name in others)
+        rows = tuple(row.within(ours) for row in mine)
+        return replace(self, rows=rows, ignored=(*self.ignored, *passed))
 
     def _units(self, found: Sequence[tuple[list[Unit], list[str]]], whose: str) -> list[Unit]:
         missing = [name for _, names in found for name in names]

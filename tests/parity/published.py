@@ -14,9 +14,11 @@ from vlm.model.published.part import Part
 from vlm.model.weights.files import load_strict, read
 
 
-def saved(model: PreTrainedModel, folder: Path, scale: float = 0.1) -> dict[str, Any]:
-    """Noises the model, writes it as its library does, and gives its config.json."""
+def saved(model: PreTrainedModel, folder: Path, scale: float = 0.1, **filled: float) -> dict[str, Any]:
+    """Noises the model, writes it as its library does, and gives its config.json; `filled`: parameters by number."""
     noise(model.eval(), scale=scale)
+    for name, value in filled.items():
+        model.get_parameter(name).data.fill_(value)
     model.save_pretrained(folder)
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found

@@ -1,6 +1,6 @@
 """Published Vision Transformers as image encoders of ours, on timm's classes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ def blip2_vit(
     return Part(ImageEncoder(TimmBackbone(model), transform), table.under("", "backbone.model."))
 
 
-def timm_vit(s: Settings, act: type[nn.Module], **options: Any) -> VisionTransformer:
+def timm_vit(s: Settings, act: Callable[[], nn.Module], **options: Any) -> VisionTransformer:
     """timm's class in the sizes that a config.json of Hugging Face names; `options` are the class's own."""
     width, hidden = s["hidden_size"], s["intermediate_size"]
     return VisionTransformer(

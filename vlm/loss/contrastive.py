@@ -8,6 +8,8 @@ import math
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+CLIP_LIMIT = 100.0  # of the inverse temperature
+
 
 def similarity(image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"]) -> Float[Tensor, "B M"]:
     """Dot product of the text with the image vector that answers it best (BLIP-2); plain CLIP when Q = 1."""
@@ -16,10 +18,10 @@ def similarity(image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"]) -> Flo
 
 
 def contrast_logits(
-    image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"], log_scale: Float[Tensor, "1"]
+    image: Float[Tensor, "B Q E"], text: Float[Tensor, "M E"], log_scale: Float[Tensor, "1"], limit: float = CLIP_LIMIT
 ) -> Float[Tensor, "B M"]:
     """Similarities of unit vectors divided by the temperature."""
-    return similarity(image, text) * inverse_temperature(log_scale)
+    return similarity(image, text) * inverse_temperature(log_scale, limit)
 
 
 def contrastive(
@@ -47,6 +49,6 @@ def chance(images: int, texts: int) -> float:
     return (math.log(texts) + math.log(images)) / 2
 
 
-def inverse_temperature(log_scale: Float[Tensor, "1"]) -> Float[Tensor, "1"]:
-    """The inverse temperature, kept at 100 or less as CLIP does."""
-    return log_scale.clamp(max=math.log(100)).exp()
+def inverse_temperature(log_scale: Float[Tensor, "1"], limit: float = CLIP_LIMIT) -> Float[Tensor, "1"]:
+    """The inverse temperature, kept at `limit` or less: 100 as CLIP does."""
+    return log_scale.clamp(max=math.log(limit)).exp()

@@ -3,10 +3,14 @@
 Letters: B batch, N image tokens, C image width, Q tokens after the connector, D width after it.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from vlm.nn.attention import CrossAttention
 
 
 class MlpConnector(nn.Module):
@@ -47,3 +51,42 @@ class FirstToken(MeanPool):
     def forward(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B 1 C"]:
         """The first token."""
         return image[:, :1]
+
+
+class AttentionPool(nn.Module):
+    """Learned queries that look at the image once: SigLIP's pooling head (one query) and CoCa's pooler (256).
+
+    Sources: Zhai et al. 2022 (arXiv 2106.04560), Yu et al. 2022 (arXiv 2205.01917).
+    """
+
+    def __init__(
+        self,
+        image_dim: int,
+        dim: int,
+        queries: int,
+        heads: int,
+        ffn: nn.Module | None = None,
+        norms: Callable[[int], nn.Module] | None = None,
+        ffn_norm: nn.Module | None = None,
+        out_norm: nn.Module | None = None,
+    ) -> None:
+        """`ffn`: added to what the queries saw, from behind `ffn_norm`; `norms`: makes those of queries and image."""
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(queries, dim))
+        self.query_norm = nn.Identity() if norms is None else norms(dim)
+        self.image_norm = nn.Identity() if norms is None else norms(image_dim)
+        self.attention = CrossAttention(dim, image_dim, heads)
+        self.ffn = ffn
+        self.ffn_norm = nn.Identity() if ffn_norm is None else ffn_norm
+        self.out_norm = nn.Identity() if out_norm is None else out_norm
+        self.tokens, self.dim = queries, dim
+        nn.init.normal_(self.queries, std=dim**-0.5)
+
+    def forward(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
+        """One token for each query."""
+        query = self.query_norm(self.queries).expand(len(image), -1, -1)
+        x = self.attention(query, self.attention.project(self.image_norm(image)))
+        if self.ffn is not None:
+            x = x + self.ffn(self.ffn_norm(x))
+        out: Tensor = self.out_norm(x)
+        return out

@@ -3,9 +3,13 @@
 Letters: M texts, T text tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vlm.nn.attention import Attention
 from vlm.nn.block import Block, PreNorm, Stack
@@ -23,11 +27,12 @@ class TextEncoder(nn.Module):
         layers: int,
         heads: int,
         max_tokens: int,
-        activation: type[nn.Module] = nn.GELU,
+        activation: Callable[[], nn.Module] = nn.GELU,
         hidden: int | None = None,
         dropout: float = 0.0,
+        eps: float = 1e-5,
     ) -> None:
-        """`max_tokens`: longest text it can read; `hidden`: width inside the FFN, 4 dim unless given."""
+        """`max_tokens`: longest text it can read; `hidden`: width inside the FFN, 4 dim unless given; `eps`: norms'."""
         super().__init__()
         self.dim, self.max_tokens = dim, max_tokens
         self.embedding = nn.Embedding(vocabulary, dim)
@@ -36,12 +41,12 @@ class TextEncoder(nn.Module):
             Block(
                 Attention(dim, heads, bias=True),
                 Mlp(dim, 4 * dim if hidden is None else hidden, activation()),
-                PreNorm(nn.LayerNorm(dim), dropout),
-                PreNorm(nn.LayerNorm(dim), dropout),
+                PreNorm(nn.LayerNorm(dim, eps=eps), dropout),
+                PreNorm(nn.LayerNorm(dim, eps=eps), dropout),
             )
             for _ in range(layers)
         ]
-        self.stack = Stack(blocks, norm=nn.LayerNorm(dim))
+        self.stack = Stack(blocks, norm=nn.LayerNorm(dim, eps=eps))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -51,9 +56,31 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"]) -> Float[Tensor, "M D"]:
         """Feature of each text: the state at its last valid token (the end-of-text token)."""
+        # Nothing later is seen (causal) and the padding is on the right, so no mask is needed for it.
+        hidden: Tensor = self.stack(Tokens.of(self.embed(ids), causal=True)).hidden
+        return hidden[torch.arange(len(ids), device=ids.device), valid.sum(1) - 1]
+
+    def embed(self, ids: Int[Tensor, "M T"]) -> Float[Tensor, "M T D"]:
+        """Tokens at their places. Errors: a text that is too long."""
         if ids.shape[1] > self.max_tokens:
             raise ValueError(f"a text of {ids.shape[1]} tokens is longer than the text encoder's {self.max_tokens}")
-        x = self.embedding(ids) + self.position[: ids.shape[1]]
-        # Nothing later is seen (causal) and the padding is on the right, so no mask is needed for it.
-        hidden: Tensor = self.stack(Tokens.of(x, causal=True)).hidden
-        return hidden[torch.arange(len(ids), device=ids.device), valid.sum(1) - 1]
+        out: Tensor = self.embedding(ids) + self.position[: ids.shape[1]]
+        return out
+
+
+class PaddedTextEncoder(TextEncoder):
+    """SigLIP's: every text is filled up to the same length, all tokens see all, and the last one is the feature.
+
+    Source: Zhai et al. 2023, arXiv 2303.15343. Padding takes part like any word, as it did in training.
+    """
+
+    def __init__(self, *args: Any, pad: int, **options: Any) -> None:
+        """`pad`: the id that fills; the rest as of `TextEncoder`."""
+        super().__init__(*args, **options)
+        self.pad = pad
+
+    def forward(self, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"]) -> Float[Tensor, "M D"]:
+        """Feature of each text, whatever the batch was padded with or to."""
+        filled = pad(ids.masked_fill(~valid, self.pad), (0, max(0, self.max_tokens - ids.shape[1])), value=self.pad)
+        hidden: Tensor = self.stack(Tokens.of(self.embed(filled), causal=False)).hidden
+        return hidden[:, -1]

@@ -279,14 +279,16 @@ def from_open_clip(
         resize=config.get("resize_mode") or "shortest",
         interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
     )
+    return ImageEncoder(open_clip_backbone(visual, layer, class_token), transform, frozen, dtype)
+
+
+def open_clip_backbone(visual: nn.Module, layer: int = -1, class_token: ClassToken = "keep") -> nn.Module:
+    """open_clip's image tower as a backbone: of timm inside, or its own."""
     trunk = getattr(visual, "trunk", None)
-    backbone: nn.Module
     if isinstance(trunk, nn.Module):
-        backbone = TimmBackbone(trunk, layer, class_token)
-    else:
-        _sequence_first(visual)
-        backbone = OpenClipBackbone(visual, layer, class_token)
-    return ImageEncoder(backbone, transform, frozen, dtype)
+        return TimmBackbone(trunk, layer, class_token)
+    _sequence_first(visual)
+    return OpenClipBackbone(visual, layer, class_token)
 
 
 def _sequence_first(visual: nn.Module) -> None:

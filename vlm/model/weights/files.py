@@ -1,6 +1,7 @@
 """Weight files: safetensors, or pickles read with `weights_only=True`; never anything that could run code."""
 
 import hashlib
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -20,6 +21,11 @@ def read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if _is_program(path):
+        raise ValueError(
+            f"{path}: a TorchScript archive, as OpenAI released CLIP: it holds a program, which is never run here; "
+            "take the copy with plain tensors on the hub, such as openai/clip-vit-large-patch14"
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -33,6 +39,13 @@ def read(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path}: holds no plain table of tensors")
     return {name.removeprefix("module."): value for name, value in found.items()}
+
+
+def _is_program(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def load_into(module: nn.Module, path: Path, optional: Collection[str] = ()) -> None:

@@ -1,9 +1,12 @@
-"""CLIP's weights: open_clip's text tower and projections for ours, Hugging Face's image tower for open_clip's."""
+"""CLIP's weights for our two towers: in the layout of OpenAI and open_clip, and in Hugging Face's."""
 
-from vlm.model.weights.table import SCALAR, Row, Table, Transposed, linear
+from vlm.model.weights.table import SCALAR, Reshaped, Row, Subtree, Table, Transposed, linear, system
+
+VISUAL = "vision.backbone.visual."
 
 
-def _attention(theirs: str, ours: str) -> list[Row]:
+def mha_rows(theirs: str, ours: str) -> list[Row]:
+    """torch's `MultiheadAttention` over tokens of one kind, for our attentions."""
     parts = ("query", "key", "value")
     return [
         Row(f"{theirs}.in_proj_weight", tuple(f"{ours}.{part}.weight" for part in parts)),
@@ -12,27 +15,78 @@ def _attention(theirs: str, ours: str) -> list[Row]:
     ]
 
 
-def open_clip_table() -> Table:
-    """Text tower, projections and temperature of open_clip's `CLIP` with a ViT image tower.
-
-    The image tower itself runs as open_clip's own module (`vision.backbone.visual`), except its last projection,
-    which is our contrastive head's.
-    """
-    theirs, ours = "transformer.resblocks.{i}", "text.stack.blocks.{i}"
-    rows = [
-        *_attention(f"{theirs}.attn", f"{ours}.mixer"),
+def block_rows(theirs: str, ours: str) -> list[Row]:
+    """A residual block of open_clip without cross-attention."""
+    return [
+        *mha_rows(f"{theirs}.attn", f"{ours}.mixer"),
         *linear(f"{theirs}.ln_1", f"{ours}.mixer_residual.norm"),
         *linear(f"{theirs}.ln_2", f"{ours}.ffn_residual.norm"),
         *linear(f"{theirs}.mlp.c_fc", f"{ours}.ffn.up"),
         *linear(f"{theirs}.mlp.c_proj", f"{ours}.ffn.down"),
-        *linear("ln_final", "text.stack.norm"),
-        Row("token_embedding.weight", "text.embedding.weight"),
-        Row("positional_embedding", "text.position"),
-        Row("text_projection", "contrast.text.weight", Transposed()),
+    ]
+
+
+def open_clip_text_table() -> Table:
+    """open_clip's text tower without its projection, for `TextEncoder`."""
+    rows = [
+        *block_rows("transformer.resblocks.{i}", "stack.blocks.{i}"),
+        *linear("ln_final", "stack.norm"),
+        Row("token_embedding.weight", "embedding.weight"),
+        Row("positional_embedding", "position"),
+    ]
+    return Table("open_clip text tower", tuple(rows), ignored=(r"attn_mask",))
+
+
+def open_clip_table(text: str = "") -> Table:
+    """OpenAI's and open_clip's CLIP whose image tower is open_clip's ViT, run here as it is without its projection.
+
+    `text`: what the names of the text tower start with ("text." in `CustomTextCLIP`). OpenAI's files also hold three
+    numbers that are no weights.
+    """
+    heads = [
+        Row(f"{text}text_projection", "contrast.text.weight", Transposed()),
         Row("visual.proj", "contrast.image.weight", Transposed()),
         Row("logit_scale", "contrast.log_scale", SCALAR),
     ]
-    return Table("open_clip", tuple(rows), ignored=(r"visual\.(?!proj$).*", r"attn_mask"))
+    tower = Table("open_clip image tower", (Subtree("visual.", VISUAL, but=("proj",)),))
+    numbers = Table("", (), ignored=("input_resolution", "context_length", "vocab_size"))
+    return system("open_clip", tower, open_clip_text_table().under(text, "text."), Table("", tuple(heads)), numbers)
+
+
+def hf_clip_table() -> Table:
+    """Hugging Face's `CLIPModel`, for the same."""
+    heads = [
+        Row("visual_projection.weight", "contrast.image.weight"),
+        Row("text_projection.weight", "contrast.text.weight"),
+        Row("logit_scale", "contrast.log_scale", SCALAR),
+    ]
+    return system(
+        "clip",
+        hf_clip_vision_table().under("vision_model.", VISUAL),
+        hf_text_table().under("text_model.", "text."),
+        Table("", tuple(heads)),
+    )
+
+
+def hf_text_table() -> Table:
+    """The text tower of Hugging Face's CLIP and SigLIP (`text_model.` already taken off) for `TextEncoder`."""
+    theirs, ours = "encoder.layers.{i}", "stack.blocks.{i}"
+    attention = f"{theirs}.self_attn"
+    pairs = [
+        *((f"{attention}.{name[0]}_proj", f"{ours}.mixer.{name}") for name in ("query", "key", "value")),
+        (f"{attention}.out_proj", f"{ours}.mixer.out"),
+        (f"{theirs}.layer_norm1", f"{ours}.mixer_residual.norm"),
+        (f"{theirs}.layer_norm2", f"{ours}.ffn_residual.norm"),
+        (f"{theirs}.mlp.fc1", f"{ours}.ffn.up"),
+        (f"{theirs}.mlp.fc2", f"{ours}.ffn.down"),
+        ("final_layer_norm", "stack.norm"),
+    ]
+    rows = [row for a, b in pairs for row in linear(a, b)]
+    rows += [
+        Row("embeddings.token_embedding.weight", "embedding.weight"),
+        Row("embeddings.position_embedding.weight", "position"),
+    ]
+    return Table("text tower", tuple(rows), ignored=(r"embeddings\.position_ids",))
 
 
 def hf_clip_vision_table() -> Table:
@@ -59,3 +113,46 @@ def hf_clip_vision_table() -> Table:
         Row("embeddings.patch_embedding.weight", "conv1.weight"),
     ]
     return Table("CLIP image tower", tuple(rows), ignored=(r"embeddings\.position_ids",))
+
+
+def hf_siglip_table(width: int) -> Table:
+    """Hugging Face's `SiglipModel` for timm's ViT, our attention pool and two towers; `width`: of the image tower."""
+    head, pool = "vision_model.head", "connector"
+    rows = [
+        Row(f"{head}.probe", f"{pool}.queries", Reshaped((1, 1, width), (1, width))),
+        *mha_rows(f"{head}.attention", f"{pool}.attention"),
+        *linear(f"{head}.layernorm", f"{pool}.ffn_norm"),
+        *linear(f"{head}.mlp.fc1", f"{pool}.ffn.up"),
+        *linear(f"{head}.mlp.fc2", f"{pool}.ffn.down"),
+        *linear("text_model.head", "contrast.text"),
+        Row("logit_scale", "contrast.log_scale"),
+        Row("logit_bias", "contrast.logit_bias"),
+    ]
+    return system(
+        "siglip",
+        hf_siglip_vision_table(width).under("vision_model.", "vision.backbone.model."),
+        hf_text_table().under("text_model.", "text."),
+        Table("", tuple(rows)),
+    )
+
+
+def hf_siglip_vision_table(width: int) -> Table:
+    """SigLIP's image tower without its pooling head (`vision_model.` already taken off) for timm's ViT."""
+    theirs, ours = "encoder.layers.{i}", "blocks.{i}"
+    attention = f"{theirs}.self_attn"
+    fused = [
+        Row(tuple(f"{attention}.{name}_proj.{part}" for name in "qkv"), f"{ours}.attn.qkv.{part}")
+        for part in ("weight", "bias")
+    ]
+    pairs = [
+        (f"{attention}.out_proj", f"{ours}.attn.proj"),
+        (f"{theirs}.layer_norm1", f"{ours}.norm1"),
+        (f"{theirs}.layer_norm2", f"{ours}.norm2"),
+        (f"{theirs}.mlp.fc1", f"{ours}.mlp.fc1"),
+        (f"{theirs}.mlp.fc2", f"{ours}.mlp.fc2"),
+        ("post_layernorm", "norm"),
+        ("embeddings.patch_embedding", "patch_embed.proj"),
+    ]
+    rows = fused + [row for a, b in pairs for row in linear(a, b)]
+    rows.append(Row("embeddings.position_embedding.weight", "pos_embed", Reshaped((-1, width), (1, -1, width))))
+    return Table("SigLIP image tower", tuple(rows), ignored=(r"embeddings\.position_ids",))

@@ -190,6 +190,36 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Subtree:
+    """Everything under a prefix, by the same names on both sides: a module of the original library that runs here.
+
+    `but`: patterns of names below the prefix that other rows know. What such a module lacks, loading it will say.
+    """
+
+    theirs: str
+    ours: str
+    but: tuple[str, ...] = ()
+
+    def reading(self, theirs: Iterable[str]) -> tuple[list[Unit], list[str]]:
+        """Units for the published names that are there; none can be missing beside another."""
+        names = self._below(self.theirs, theirs)
+        return [Unit((self.theirs + name,), (self.ours + name,), STACKED) for name in names], []
+
+    def writing(self, ours: Mapping[str, Tensor]) -> tuple[list[Unit], list[str]]:
+        """Units for the names of ours that are there."""
+        names = self._below(self.ours, ours)
+        return [Unit((self.theirs + name,), (self.ours + name,), STACKED) for name in names], []
+
+    def under(self, theirs: str, ours: str) -> "Subtree":
+        """The same with prefixes."""
+        return replace(self, theirs=theirs + self.theirs, ours=ours + self.ours)
+
+    def _below(self, prefix: str, names: Iterable[str]) -> list[str]:
+        below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        return [name for name in below if not any(re.fullmatch(pattern, name) for pattern in self.but)]
+
+
+@dataclass(frozen=True)
 class Table:
     """All rows of a family.
 
@@ -198,7 +228,7 @@ class Table:
     """
 
     family: str
-    rows: tuple[Row | Experts, ...]
+    rows: tuple[Row | Experts | Subtree, ...]
     ignored: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
 

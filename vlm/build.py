@@ -15,9 +15,11 @@ from vlm.config.language import (
     GatedMlpFfn,
     Mixer,
     MoeFfn,
+    PublishedLanguage,
     RetentionMixer,
     TransformerLanguage,
 )
+from vlm.config.language import Language as LanguageSettings
 from vlm.data.augment import Augment
 from vlm.data.cache import Cache, default_folder
 from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
@@ -30,7 +32,8 @@ from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from vlm.model import language, vlm
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
-from vlm.model.language import Decoder, LearnedPositions
+from vlm.model.language import Decoder, Language, LearnedPositions
+from vlm.model.published import load as published
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
@@ -57,12 +60,12 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
     torch.manual_seed(run.train.seed)
     if settings.vision is None or settings.connector is None:
         assert settings.language is not None
-        return VisionLanguageModel(language=decoder(settings.language, tokenizer.size))
+        return VisionLanguageModel(language=language_model(settings.language, tokenizer.size))
     vision = image_encoder(settings.vision)
     kinds = {loss.kind for loss in run.losses}
     longest = run.pairs.max_tokens
     text = None if settings.text is None else text_encoder(settings.text, tokenizer.size, longest)
-    reader = None if settings.language is None else decoder(settings.language, tokenizer.size)
+    reader = None if settings.language is None else language_model(settings.language, tokenizer.size)
     bridge = connector(settings.connector, vision, reader, tokenizer.size, longest)
     heads = "itc" in kinds or "itm" in kinds
     text_dim = text.dim if text is not None else bridge.width if isinstance(bridge, QFormer) else 0
@@ -85,12 +88,14 @@ def image_encoder(settings: schema.Vision) -> ImageEncoder:
             return open_clip_encoder(name, weights, layer, settings.class_token, size, frozen, dtype)
         case schema.TimmVision(name=name, weights=weights, layer=layer, image_size=size, frozen=frozen):
             return timm_encoder(name, weights, layer, settings.class_token, size, settings.args, frozen, dtype)
+        case schema.PublishedVision(name=name, architecture=values, layer=layer, frozen=frozen):
+            return published.image_encoder(name, values, layer, settings.class_token, frozen, dtype)
         case _:
             assert_never(settings)
 
 
 def connector(
-    settings: schema.Connector, vision: ImageEncoder, language: Decoder | None, vocabulary: int, max_tokens: int
+    settings: schema.Connector, vision: ImageEncoder, language: Language | None, vocabulary: int, max_tokens: int
 ) -> MlpConnector | MeanPool | QFormer:
     """What stands between the image encoder and what reads it."""
     out = vision.dim if language is None else language.dim
@@ -137,8 +142,23 @@ def text_encoder(settings: schema.TextTower, vocabulary: int, max_tokens: int) -
     )
 
 
+def language_model(settings: LanguageSettings, vocabulary: int) -> Language:
+    """The language model, with its published weights if any are named; `vocabulary`: rows that its texts need.
+
+    Errors: a published model with fewer.
+    """
+    match settings:
+        case TransformerLanguage():
+            return decoder(settings, vocabulary)
+        case PublishedLanguage(name=name, architecture=values):
+            known = values if values is None or name is not None else {"vocab_size": vocabulary, **values}
+            return published.language_model(name, known, None if settings.dtype is None else DTYPES[settings.dtype])
+        case _:
+            assert_never(settings)
+
+
 def decoder(settings: TransformerLanguage, vocabulary: int) -> Decoder:
-    """The language model."""
+    """The decoder that settings of our own describe."""
     dim, heads, mixer = settings.dim, settings.heads, settings.mixer
     rotary = positions = decay = None
     match mixer:
@@ -224,6 +244,8 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
     match settings:
         case schema.FileTokenizer(path=path):
             return load_tokenizer(Path(path))
+        case schema.PublishedTokenizer(name=name):
+            return load_tokenizer(published.find(name))
         case schema.ClipTokenizer():
             return clip_tokenizer()
         case schema.BpeTokenizer(vocab=vocab):

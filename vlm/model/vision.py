@@ -44,6 +44,16 @@ class ImageEncoder(nn.Module):
             self.backbone.to(dtype)
         self.backbone.to(memory_format=torch.channels_last)
 
+    def reading(
+        self, layer: int, class_token: ClassToken, frozen: bool = False, dtype: torch.dtype | None = None
+    ) -> "ImageEncoder":
+        """An encoder over the same network that gives other tokens of it. ValueError: a backbone of the user's own."""
+        if not isinstance(self.backbone, TimmBackbone | OpenClipBackbone):
+            raise ValueError(
+                f"{type(self.backbone).__name__} gives the tokens that it gives: leave layer and class_token"
+            )
+        return ImageEncoder(self.backbone.reading(layer, class_token), self.transform, frozen, dtype)
+
     def train(self, mode: bool = True) -> "ImageEncoder":
         """Stays in evaluation mode when frozen, whatever the model around it does."""
         super().train(mode and not self.frozen)
@@ -99,6 +109,10 @@ class TimmBackbone(nn.Module):
         self.prefix: int = getattr(model, "num_prefix_tokens", 0)
         self.drop = self.prefix if class_token == "drop" else 0
 
+    def reading(self, layer: int, class_token: ClassToken) -> "TimmBackbone":
+        """The same network, read elsewhere."""
+        return TimmBackbone(self.model, layer, class_token)
+
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
         """All tokens of the chosen layer."""
         if self.layer == -1:
@@ -127,6 +141,10 @@ class OpenClipBackbone(nn.Module):
         """`layer`: -1 is the last block after `ln_post`; another index is that block's raw output (LLaVA: -2)."""
         super().__init__()
         self.visual, self.layer, self.class_token = visual, layer, class_token
+
+    def reading(self, layer: int, class_token: ClassToken) -> "OpenClipBackbone":
+        """The same network, read elsewhere."""
+        return OpenClipBackbone(self.visual, layer, class_token)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N C"]:
         """Class token first (unless dropped), then the patches."""

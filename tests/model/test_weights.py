@@ -12,9 +12,9 @@ from vlm.model.language import llama
 from vlm.model.weights.blip2 import qformer_table
 from vlm.model.weights.files import differences, load_into, load_strict, read
 from vlm.model.weights.llama import llama_table, qwen2_table, qwen3_table
-from vlm.model.weights.mixtral import mixtral_memory_table
 from vlm.model.weights.open_clip import hf_clip_vision_table, open_clip_table
 from vlm.model.weights.opt import opt_table
+from vlm.model.weights.retnet import retnet_table
 from vlm.model.weights.table import Experts, Row, Table, Transposed, linear
 
 TABLE = Table(
@@ -122,7 +122,7 @@ def test_experts_that_lack_or_that_no_row_knows_are_listed() -> None:
     "table",
     [
         *(make(tied) for make in (llama_table, qwen2_table, qwen3_table, opt_table) for tied in (True, False)),
-        mixtral_memory_table(),
+        retnet_table(),
         qformer_table(),
         open_clip_table(),
         hf_clip_vision_table(),

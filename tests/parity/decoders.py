@@ -1,4 +1,4 @@
-"""What every decoder of transformers is compared by: logits whole, padded and cached, loss, gradients, the way back."""
+"""What every decoder of transformers is compared by: logits whole, padded and cached, loss, gradients."""
 
 from collections.abc import Mapping
 
@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from tests.parity.noise import gap, noise
 from vlm.loss.language import language, supervised
 from vlm.model.language import Decoder
-from vlm.model.weights.files import load_strict
-from vlm.model.weights.table import Table
 from vlm.nn.tokens import Tokens, count_positions
 
 VOCABULARY, LENGTH = 99, 17
@@ -20,12 +18,6 @@ def filled(theirs: nn.Module) -> nn.Module:
     noise(theirs)
     theirs.tie_weights()  # type: ignore[operator]
     return theirs.eval()
-
-
-def loaded(ours: Decoder, theirs: nn.Module, table: Table) -> Decoder:
-    """Ours with their weights, all of them and no others."""
-    load_strict(ours, table.to_ours(theirs.state_dict()), "transformers")
-    return ours.eval()
 
 
 def ids(rows: int = 3) -> Tensor:
@@ -83,9 +75,3 @@ def loss_and_gradient_gap(ours: Decoder, theirs: nn.Module, names: Mapping[str, 
         assert first is not None and second is not None and float(second.abs().max()) > 1e-5
         gaps.append(gap(first, second))
     return max(gaps)
-
-
-def comes_back(ours: Decoder, theirs: nn.Module, table: Table) -> bool:
-    """Our weights through the table are theirs, each of those that we hold, bit by bit."""
-    published = theirs.state_dict()
-    return all(torch.equal(value, published[name]) for name, value in table.to_theirs(ours.state_dict()).items())

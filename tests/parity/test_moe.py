@@ -1,17 +1,31 @@
-"""Our mixtures are transformers' Mixtral, DeepSeek-V2, DeepSeek-V3 and Qwen2-MoE blocks at random weights."""
+"""Our mixtures are transformers' Mixtral, DeepSeek-V2, DeepSeek-V3 and Qwen2-MoE blocks at random weights.
+
+DeepSeek-V2's and -V3's also from the files of whole models, whose attention we do not have.
+"""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from tests.parity.noise import gap, noise
+from tests.parity.decoder_folders import tensors
+from vlm.model.weights.files import load_strict
+from vlm.model.weights.moe import deepseek_block_table
 from vlm.nn.ffn import GatedMlp
 from vlm.nn.moe import Balance, GatedShared, MixtureOfExperts, Router, sigmoid_router, softmax_router
 
@@ -157,3 +171,62 @@ def test_mixtrals_balance_loss_is_ours_times_top_k(padded: bool) -> None:
     assert gap(TOP * balance, theirs) < 1e-5
     mine, other = (torch.autograd.grad(loss, ours.router.weight)[0] for loss in (TOP * balance, theirs))
     assert gap(mine, other) < 1e-5 < 0.1 * float(other.abs().max())
+
+
+LAYER = "model.layers.1.mlp."
+LATENT = {
+    "vocab_size": 30,
+    "intermediate_size": 30,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+FILES: dict[str, tuple[PretrainedConfig, Router, Router]] = {
+    "DeepSeek-V2": (
+        DeepseekV2Config(**DEEPSEEK, **LATENT, topk_method="group_limited_greedy"),
+        softmax(**CASES["DeepSeek-V2"][2]),
+        softmax(**CASES["DeepSeek-V2"][3]),
+    ),
+    "DeepSeek-V3": (
+        DeepseekV3Config(**DEEPSEEK, **LATENT, norm_topk_prob=True),
+        sigmoid(**CASES["DeepSeek-V3"][2]),
+        sigmoid(**CASES["DeepSeek-V3"][3]),
+    ),
+}
+
+
+def from_file(name: str, folder: Path, wrong: bool = False) -> tuple[MixtureOfExperts, nn.Module, dict[str, Tensor]]:
+    """The mixture of a layer of a published model, ours and theirs, and its tensors in the file."""
+    config, right, other = FILES[name]
+    model = AutoModelForCausalLM.from_config(config)
+    noise(model, scale=0.3)
+    theirs = model.model.layers[1].mlp
+    for bias in (value for key, value in theirs.named_buffers() if key.endswith("correction_bias")):
+        bias.copy_(torch.randn(bias.shape) * 0.3)
+    model.save_pretrained(folder)
+    published = {key: value for key, value in tensors(folder).items() if key.startswith(LAYER)}
+    ours = MixtureOfExperts(DIM, HIDDEN, other if wrong else right, plain_shared())
+    load_strict(ours, deepseek_block_table().under(LAYER, "").to_ours(published), "file")
+    return ours, theirs, published
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_mixtures_from_the_files_of_whole_models(name: str, tmp_path: Path) -> None:
+    ours, theirs, published = from_file(name, tmp_path)
+    assert f"{LAYER}experts.7.gate_proj.weight" in published
+    assert max(differences(ours, theirs)) < 1e-5
+    back = deepseek_block_table().under(LAYER, "").to_theirs(ours.state_dict())
+    assert set(back) == set(published)
+    assert all(torch.equal(value, published[key]) for key, value in back.items())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_groups_of_those_are_noticed(name: str, tmp_path: Path) -> None:
+    assert min(differences(*from_file(name, tmp_path, wrong=True)[:2])[:2]) > 1e-2

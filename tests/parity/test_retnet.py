@@ -3,14 +3,17 @@
 golden/retnet.py says how they were made and why they are kept.
 """
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.parity.golden.retnet import SIZES
 from tests.parity.noise import gap
+from tests.parity.decoder_folders import loaded_from, padding_gap
 from vlm.model.language import Decoder
 from vlm.model.retnet import retnet
 from vlm.model.weights.files import load_strict
@@ -78,6 +81,24 @@ def test_round_trip() -> None:
     for name, value in back.items():
         assert torch.equal(value, given.pop(name)), name
     assert all("rel_pos" in name for name in given)
+
+
+def from_folder(folder: Path, **arguments: object) -> Decoder:
+    """From a file of torchscale's tensors and the arguments of its configuration."""
+    save_file(published("large"), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**SIZES, **arguments}))
+    return loaded_from(folder)
+
+
+def test_from_disk(tmp_path: Path) -> None:
+    model = from_folder(tmp_path)
+    assert gap(logits(model), GOLDEN["large/parallel"]) < 1e-4
+    assert padding_gap(model) < 1e-4
+
+
+@pytest.mark.parametrize("argument", [{"layernorm_eps": 1e-1}, {"activation_fn": "swish"}])
+def test_another_argument_is_noticed(argument: dict[str, object], tmp_path: Path) -> None:
+    assert gap(logits(from_folder(tmp_path, **argument)), GOLDEN["large/parallel"]) > 1e-3
 
 
 @pytest.mark.parametrize("change", [{"schedule": "geometric"}, {"eps": 1e-1}])

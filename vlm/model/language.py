@@ -3,7 +3,7 @@
 Letters: B batch, S sequence, T text tokens, D width, V vocabulary, K chosen positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -155,21 +155,24 @@ def llama(
     bias: bool = False,
     head_dim: int | None = None,
     head_norm: bool = False,
-    window: int | None = None,
+    window: int | Sequence[int | None] | None = None,
+    unrotated: Collection[int] = (),
     ffn: Callable[[int], nn.Module] | None = None,
 ) -> Decoder:
     """A Llama-like decoder: RMSNorm, rotary positions, grouped key/value heads, SwiGLU (arXiv 2302.13971).
 
     `hidden`: width inside the FFN; unless given, 8/3 dim rounded up to a multiple of 32, as Llama does.
     Llama 3.1: `scaling`. Qwen2: `bias` (of query, key, value), eps 1e-6. Qwen3: `head_norm`, `head_dim`, eps 1e-6.
-    Mistral: `window`. `ffn`: block i's, in place of SwiGLU.
+    Mistral: `window`, or one for each block where they differ (Qwen2). SmolLM3: blocks that are `unrotated`.
+    `ffn`: block i's, in place of SwiGLU.
     """
+    windows = window if isinstance(window, Sequence) else [window] * layers
     width = -(-8 * dim // (3 * 32)) * 32 if hidden is None else hidden
 
     def norm(size: int = dim) -> nn.Module:
         return RMSNorm(size, eps=eps)
 
-    def mixer(_: int) -> Attention:
+    def mixer(block: int) -> Attention:
         return Attention(
             dim,
             heads,
@@ -178,7 +181,8 @@ def llama(
             out_bias=False,
             head_dim=head_dim,
             norm=norm if head_norm else None,
-            window=window,
+            window=windows[block],
+            rotated=block not in unrotated,
         )
 
     def gated(_: int) -> nn.Module:

@@ -30,11 +30,14 @@ def retnet(
     def ffn(_: int) -> nn.Module:
         return GatedMlp(dim, 2 * dim if hidden is None else hidden, nn.GELU() if activation is None else activation)
 
+    def head_norm(width: int) -> nn.Module:
+        return RMSNorm(width, eps=eps, elementwise_affine=False)
+
     return decoder(
         vocabulary,
         dim,
         layers,
-        mixer=lambda _: Retention(dim, heads, value_dim),
+        mixer=lambda _: Retention(dim, heads, value_dim, norm=head_norm),
         ffn=ffn,
         norm=lambda: RMSNorm(dim, eps=eps),
         decay=Decay(heads, dim // heads, schedule),

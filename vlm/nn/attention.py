@@ -43,11 +43,13 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         norm: Callable[[int], nn.Module] | None = None,
         window: int | None = None,
+        rotated: bool = True,
     ) -> None:
         """`bias`: of the query, key and value projections; `out_bias` and `key_bias` follow it unless given.
 
         `head_dim`: width of a head, dim / heads unless given. `norm`: of each query and key head before they are
         rotated, made from its width (Qwen3). `window`: how many tokens a query sees, itself included (Mistral).
+        `rotated`: False leaves out the stack's rotary positions (some blocks of SmolLM3).
         """
         super().__init__()
         self.head_dim = head_width(dim, heads) if head_dim is None else head_dim
@@ -62,6 +64,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * self.head_dim, dim, bias=out_bias)
         self.query_norm, self.key_norm = (None if norm is None else norm(self.head_dim) for _ in range(2))
         self.memory: Everything | Window = Everything() if window is None else Window(window)
+        self.rotated = rotated
 
     def forward(
         self, x: Float[Tensor, "B S D"], context: Context, past: LayerState | None = None
@@ -72,7 +75,7 @@ class Attention(nn.Module):
         query = self._heads(query, self.query_norm, x.dtype)
         key = self._heads(key, self.key_norm, x.dtype)
         value = split_heads(value, self.kv_heads)
-        if context.angles is not None:
+        if context.angles is not None and self.rotated:
             query, key = rotate(query, context.angles), rotate(key, context.angles)
         state, key, value, (mask, is_causal) = self.memory(past, key, value, context)
         y = scaled_dot_product_attention(

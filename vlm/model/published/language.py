@@ -1,102 +1,57 @@
 """Published language models from the settings in their config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
-from vlm.model.language import llama, opt
+from vlm.model.published import decoders, mixtures
 from vlm.model.published.part import Part, Settings
-from vlm.model.weights.llama import llama_table
-from vlm.model.weights.opt import opt_table
+from vlm.model.published.retnet import RETNET, retnet_part
 
-# What transformers' config classes take where config.json says nothing (old files hold only what differs from these).
-LLAMA = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
+
+class Family(NamedTuple):
+    """What transformers' config class takes where config.json says nothing, and how the rest becomes a model."""
+
+    defaults: Mapping[str, Any]
+    build: Callable[[Settings], Part]
+
+
+FAMILIES = {
+    "llama": Family(decoders.LLAMA, decoders.llama_part),
+    "mistral": Family(decoders.MISTRAL, decoders.mistral_part),
+    "qwen2": Family(decoders.QWEN2, decoders.qwen2_part),
+    "qwen3": Family(decoders.QWEN3, decoders.qwen3_part),
+    "smollm3": Family(decoders.SMOLLM3, decoders.smollm3_part),
+    "opt": Family(decoders.OPT, decoders.opt_part),
+    "mixtral": Family(mixtures.MIXTRAL, mixtures.mixtral_part),
+    "qwen2_moe": Family(mixtures.QWEN2_MOE, mixtures.qwen2_moe_part),
+    "deepseek": Family(mixtures.DEEPSEEK, mixtures.deepseek_part),
 }
-OPT = {
-    "vocab_size": 50272,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "ffn_dim": 3072,
-    "max_position_embeddings": 2048,
-    "do_layer_norm_before": True,
-    "word_embed_proj_dim": None,
-    "num_attention_heads": 12,
-    "activation_function": "relu",
-    "enable_bias": True,
-    "layer_norm_elementwise_affine": True,
-    "tie_word_embeddings": True,
-}
-DEFAULTS: dict[str, Mapping[str, Any]] = {"llama": LLAMA, "opt": OPT}
+_LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 
 
 def language_part(values: Mapping[str, Any], where: str) -> Part:
-    """The language model that a config.json (or its text_config) describes.
+    """The language model that a config.json (or its text_config) describes; torchscale's arguments mean its RetNet.
 
-    ValueError: a family that is not known (the nearest is named), a setting that our parts do not have.
+    ValueError: a family that is not known (the nearest is named), a setting that our parts do not have, weights that
+    are quantised.
     """
     family = values.get("model_type")
-    if family not in DEFAULTS:
-        near = get_close_matches(str(family), DEFAULTS, n=1)
+    if (packed := values.get("quantization_config")) is not None:
+        method = packed.get("quant_method", "unknown") if isinstance(packed, Mapping) else packed
+        raise ValueError(f"{where}: its weights are quantised ({method}); give the checkpoint they were made from")
+    if family in _LATENT:
+        raise ValueError(
+            f"{where}: model_type={family!r}: its attention is multi-head latent attention (MLA), which vlm does not "
+            "have; its mixtures of experts alone are read by vlm.model.weights.moe.deepseek_block_table"
+        )
+    if "decoder_retention_heads" in values:
+        return retnet_part(Settings(values, where, RETNET))
+    if family not in FAMILIES:
+        near = get_close_matches(str(family), FAMILIES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"{where}: model_type={family!r} is no language model known here ({', '.join(DEFAULTS)}){hint}"
+            f"{where}: model_type={family!r} is no language model known here ({', '.join(FAMILIES)}){hint}"
         )
-    settings = Settings(values, where, DEFAULTS[family])
-    match family:
-        case "llama":
-            return _llama(settings)
-        case _:
-            return _opt(settings)
-
-
-def _llama(s: Settings) -> Part:
-    s.expect(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), rope_scaling=(None,))
-    tied = bool(s["tie_word_embeddings"])
-    module = llama(
-        s["vocab_size"],
-        s["hidden_size"],
-        s["num_hidden_layers"],
-        s["num_attention_heads"],
-        s["num_key_value_heads"],
-        s["intermediate_size"],
-        s["rope_theta"],
-        s["rms_norm_eps"],
-        tied,
-        head_dim=s["head_dim"],
-    )
-    return Part(module, llama_table(tied))
-
-
-def _opt(s: Settings) -> Part:
-    s.expect(
-        activation_function=("relu",),
-        do_layer_norm_before=(True,),
-        enable_bias=(True,),
-        layer_norm_elementwise_affine=(True,),
-        word_embed_proj_dim=(None, s["hidden_size"]),
-    )
-    tied = bool(s["tie_word_embeddings"])
-    module = opt(
-        s["vocab_size"],
-        s["hidden_size"],
-        s["num_hidden_layers"],
-        s["num_attention_heads"],
-        s["ffn_dim"],
-        s["max_position_embeddings"],
-        tied=tied,
-    )
-    return Part(module, opt_table(tied))
+    known = FAMILIES[family]
+    return known.build(Settings(values, where, known.defaults))

@@ -3,9 +3,10 @@
 from vlm.model.weights.table import Row, Table, linear
 
 
-def opt_table(tied: bool = True, prefix: str = "model.decoder") -> Table:
-    """`prefix`: "decoder" in some published files. The two rows before position 0 are kept as they are."""
-    theirs, ours = f"{prefix}.layers.{{i}}", "stack.blocks.{i}"
+def opt_table(tied: bool = True) -> Table:
+    """Some published files begin their names with "decoder.". The two rows before position 0 are kept as they are."""
+    prefix, ours = "model.decoder", "stack.blocks.{i}"
+    theirs = f"{prefix}.layers.{{i}}"
     pairs = [
         (f"{theirs}.self_attn.q_proj", f"{ours}.mixer.query"),
         (f"{theirs}.self_attn.k_proj", f"{ours}.mixer.key"),
@@ -24,4 +25,4 @@ def opt_table(tied: bool = True, prefix: str = "model.decoder") -> Table:
     ]
     if not tied:
         rows.append(Row("lm_head.weight", "head.weight"))
-    return Table("opt", tuple(rows), (r"lm_head\.weight",) if tied else ())
+    return Table("opt", tuple(rows), (r"lm_head\.weight",) if tied else (), ((r"^decoder\.", "model.decoder."),))

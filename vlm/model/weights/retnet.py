@@ -3,8 +3,8 @@
 from vlm.model.weights.table import Row, Table, linear
 
 
-def retnet_table() -> Table:
-    """The head is apart from the embedding, as torchscale has it unless told otherwise."""
+def retnet_table(tied: bool = False) -> Table:
+    """`tied`: the head is the embedding, of which torchscale publishes a copy; apart unless it is told otherwise."""
     theirs, ours = "layers.{i}", "stack.blocks.{i}"
     pairs = [
         ("retention.q_proj", "mixer.query"),
@@ -22,6 +22,8 @@ def retnet_table() -> Table:
     rows += [
         Row("embed_tokens.weight", "embedding.weight"),
         Row("layer_norm.weight", "stack.norm.weight"),
-        Row("output_projection.weight", "head.weight"),
     ]
-    return Table("torchscale RetNet", tuple(rows), (r"retnet_rel_pos\.(angle|decay)",))
+    if not tied:
+        rows.append(Row("output_projection.weight", "head.weight"))
+    copies = (r"output_projection\.weight",) if tied else ()
+    return Table("torchscale RetNet", tuple(rows), (r"retnet_rel_pos\.(angle|decay)", *copies))

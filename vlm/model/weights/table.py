@@ -225,18 +225,20 @@ class Table:
 
     `ignored`: patterns of published tensors that carry no weights of their own (position ids, copies of tied ones).
     `spellings`: older or other spellings of published names, as patterns and replacements for the one in the rows.
+    `also`: rows of another layout of the same tensors, which is read and never written.
     """
 
     family: str
     rows: tuple[Row | Experts | Subtree, ...]
     ignored: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
+    also: tuple[Row | Experts, ...] = ()
 
     def reading(self, theirs: Iterable[str]) -> list[Unit]:
         """How to make ours of published tensors. ValueError: a name that no row knows, or half of a fused tensor."""
         spelt = {self.spell(name): name for name in theirs}
         names = [name for name in spelt if not any(re.fullmatch(pattern, name) for pattern in self.ignored)]
-        units = self._units([row.reading(names) for row in self.rows], "published")
+        units = self._units([row.reading(names) for row in (*self.rows, *self.also)], "published")
         used = {name for unit in units for name in unit.theirs}
         self._refuse(
             [spelt[name] for name in names if name not in used], "published tensors that our table does not know"
@@ -271,6 +273,7 @@ class Table:
             tuple(row.under(theirs, ours) for row in self.rows),
             tuple(re.escape(theirs) + f"(?:{pattern})" for pattern in self.ignored),
             tuple((rf"^{re.escape(theirs)}{old.removeprefix('^')}", theirs + new) for old, new in self.spellings),
+            tuple(row.under(theirs, ours) for row in self.also),
         )
 
     def only(self, ours: str) -> "Table":
@@ -299,6 +302,7 @@ def system(family: str, *tables: Table, spellings: tuple[tuple[str, str], ...] =
         tuple(row for table in tables for row in table.rows),
         tuple(pattern for table in tables for pattern in table.ignored),
         spellings + tuple(pair for table in tables for pair in table.spellings),
+        tuple(row for table in tables for row in table.also),
     )
 
 

@@ -11,11 +11,19 @@ from vlm.model.published.language import language_part
 from vlm.model.published.part import Part, Settings
 from vlm.model.published.vit import BLIP2_VISION, blip2_vit
 from vlm.model.qformer import QFormer, TextBranch
+from vlm.model.vision import ImageEncoder
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.blip2 import HUGGING_FACE, INSTRUCTBLIP, blip2_table, retrieval_table
+from vlm.model.weights.table import Table
 
 # What transformers' config classes take where config.json says nothing (the first files held hardly anything).
-BLIP2 = {"num_query_tokens": 32, "image_text_hidden_size": 256}
+BLIP2 = {
+    "model_type": "blip-2",
+    "architectures": None,
+    "num_query_tokens": 32,
+    "image_text_hidden_size": 256,
+    "text_config": None,
+}
 QFORMER = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -41,9 +49,9 @@ def blip2_part(values: Mapping[str, Any], where: str) -> Part:
     model. ValueError: another architecture, a setting that our parts do not have.
     """
     s = Settings(values, where, BLIP2)
-    instructed = s.get("model_type") == "instructblip"
+    instructed = s["model_type"] == "instructblip"
     usual = RETRIEVAL if s.section("qformer_config", QFORMER)["use_qformer_text_input"] else GENERATION[0]
-    named = s.get("architectures") or [INSTRUCTED if instructed else usual]
+    named = s["architectures"] or [INSTRUCTED if instructed else usual]
     if named[0] == RETRIEVAL:
         return _retrieval(s)
     if named[0] not in ((INSTRUCTED,) if instructed else GENERATION):
@@ -54,23 +62,25 @@ def blip2_part(values: Mapping[str, Any], where: str) -> Part:
 
 def _generation(s: Settings, instructed: bool) -> Part:
     s.section("qformer_config", QFORMER).expect(use_qformer_text_input=(False,))
-    vision = _vision(s)
-    language = language_part({"model_type": "opt", **(s.get("text_config") or {})}, f"{s.where}: text_config")
+    vision, tower = _vision(s)
+    language = language_part({"model_type": "opt", **(s["text_config"] or {})}, f"{s.where}: text_config")
     reader = language.module
     assert isinstance(reader, Language)
-    model = VisionLanguageModel(vision.module, _qformer(s, instructed, reader.dim), language=reader)
-    return Part(model, blip2_table(vision.table, language.table, INSTRUCTBLIP if instructed else HUGGING_FACE))
+    model = VisionLanguageModel(vision, _qformer(s, instructed, reader.dim), language=reader)
+    return Part(model, blip2_table(tower, language.table, INSTRUCTBLIP if instructed else HUGGING_FACE))
 
 
 def _retrieval(s: Settings) -> Part:
-    vision, qformer = _vision(s), _qformer(s, reads=True)
+    (vision, tower), qformer = _vision(s), _qformer(s, reads=True)
     contrast = ContrastiveHead(qformer.width, qformer.width, s["image_text_hidden_size"], temperature=1.0, bias=True)
-    model = VisionLanguageModel(vision.module, qformer, contrast=contrast, match=MatchingHead(qformer.width))
-    return Part(model, retrieval_table(vision.table))
+    model = VisionLanguageModel(vision, qformer, contrast=contrast, match=MatchingHead(qformer.width))
+    return Part(model, retrieval_table(tower))
 
 
-def _vision(s: Settings) -> Part:
-    return blip2_vit(s.section("vision_config", BLIP2_VISION), f"{s.where}: vision_config")
+def _vision(s: Settings) -> tuple[ImageEncoder, Table]:
+    module, table = blip2_vit(s.section("vision_config", BLIP2_VISION), f"{s.where}: vision_config")
+    assert isinstance(module, ImageEncoder)
+    return module, table
 
 
 def _qformer(s: Settings, reads: bool, out_dim: int | None = None) -> QFormer:

@@ -43,7 +43,6 @@ def ours(peer: Peer) -> Task:
         k: v for k, v in peer.state_dict().items() if k.startswith(("qformer.", "embeddings.", "query_tokens"))
     }
     weights = {f"connector.{name}": value for name, value in qformer_table().to_ours(published).items()}
-    weights["connector.queries"] = weights["connector.queries"][0]
     heads = {
         "image_proj": "contrast.image",
         "text_proj": "contrast.text",

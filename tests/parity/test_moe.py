@@ -22,8 +22,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from tests.parity.noise import gap, noise
 from tests.parity.decoder_folders import tensors
+from tests.parity.noise import gap, noise
 from vlm.model.weights.files import load_strict
 from vlm.model.weights.moe import deepseek_block_table
 from vlm.nn.ffn import GatedMlp

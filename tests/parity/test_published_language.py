@@ -26,8 +26,6 @@ from transformers import (
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-from tests.parity.decoders import filled, ids, logit_gap, logits, loss_and_gradient_gap, worst_gap
-from tests.parity.noise import gap
 from tests.parity.decoder_folders import (
     changed,
     fused_experts_apart,
@@ -39,6 +37,8 @@ from tests.parity.decoder_folders import (
     tensors,
     written_back,
 )
+from tests.parity.decoders import filled, ids, logit_gap, logits, loss_and_gradient_gap, worst_gap
+from tests.parity.noise import gap
 from vlm.model.published.language import FAMILIES, language_part
 
 PLAIN = {"rope_type": "default", "rope_theta": 5000.0}

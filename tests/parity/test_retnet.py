@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.parity.decoder_folders import loaded_from, padding_gap
 from tests.parity.golden.retnet import SIZES
 from tests.parity.noise import gap
-from tests.parity.decoder_folders import loaded_from, padding_gap
 from vlm.model.language import Decoder
 from vlm.model.retnet import retnet
 from vlm.model.weights.files import load_strict

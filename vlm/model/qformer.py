@@ -3,9 +3,12 @@
 Letters: B images, N image tokens, C image width, Q queries, M texts, T text tokens, D width, V vocabulary.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from vlm.nn.attention import Attention, CrossAttention
 from vlm.nn.block import Block, Cross, ImageMemory, Output, PostNorm, Stack
@@ -132,14 +135,25 @@ class QFormer(nn.Module):
 class TextBranch(nn.Module):
     """Words in and words out for a Q-Former: BERT's embeddings and a vocabulary head."""
 
-    def __init__(self, vocabulary: int, dim: int, max_tokens: int, transform: nn.Module | None = None) -> None:
-        """`transform`: what stands before the vocabulary (BERT: dense, GELU, LayerNorm)."""
+    def __init__(
+        self,
+        vocabulary: int,
+        dim: int,
+        max_tokens: int,
+        transform: nn.Module | None = None,
+        head: Literal["own", "tied", "none"] = "own",
+    ) -> None:
+        """`transform`: what stands before the vocabulary (BERT: dense, GELU, LayerNorm).
+
+        `head`: weights of its own, the embedding's with a bias (BERT), or none in a branch that only reads.
+        """
         super().__init__()
         self.max_tokens = max_tokens
         self.embedding = nn.Embedding(vocabulary, dim)
         self.position = nn.Embedding(max_tokens, dim)
         self.transform = nn.Identity() if transform is None else transform
-        self.head = nn.Linear(dim, vocabulary)
+        self.head = nn.Linear(dim, vocabulary) if head == "own" else None
+        self.bias = nn.Parameter(torch.zeros(vocabulary)) if head == "tied" else None
 
     def forward(self, ids: Int[Tensor, "M T"], position: Int[Tensor, "M T"]) -> Float[Tensor, "M T D"]:
         """Embeddings before the Q-Former's embedding norm."""
@@ -149,6 +163,16 @@ class TextBranch(nn.Module):
         return out
 
     def logits(self, hidden: Float[Tensor, "*K D"]) -> Float[Tensor, "*K V"]:
-        """Next-token logits."""
-        out: Tensor = self.head(self.transform(hidden))
-        return out
+        """Next-token logits. ValueError without a head."""
+        x: Tensor = self.transform(hidden)
+        if self.head is not None:
+            out: Tensor = self.head(x)
+            return out
+        if self.bias is None:
+            raise ValueError("this Q-Former reads texts but has no vocabulary head to write them: LM needs one")
+        return linear(x, self.embedding.weight, self.bias)
+
+
+def bert_transform(dim: int, eps: float = 1e-12) -> nn.Module:
+    """What BERT does to a hidden state before the vocabulary."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps=eps))

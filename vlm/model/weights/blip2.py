@@ -1,34 +1,153 @@
-"""BLIP-2's Q-Former in the layout of `transformers`, for ours."""
+"""BLIP-2's Q-Former, heads and projection as Hugging Face and LAVIS name them, for ours."""
 
-from vlm.model.weights.table import Row, Table, linear
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm.model.weights.table import Row, Table, Unpublished, linear, system
+
+MATCH = "match.classify"
+PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj", "llama_proj")  # LAVIS, InstructBLIP, MiniGPT-4
 
 
-def _attention(theirs: str, ours: str) -> list[Row]:
-    parts = [
-        ("attention.query", "query"),
-        ("attention.key", "key"),
-        ("attention.value", "value"),
-        ("output.dense", "out"),
+class Names(NamedTuple):
+    """How a layout spells the parts of its Q-Former."""
+
+    blocks: str
+    attention: str  # inside "attention." and "crossattention."
+    norm: str  # of the embeddings
+    words: str
+
+
+HUGGING_FACE = Names("qformer.encoder.layer.{i}", "attention", "qformer.layernorm", "embeddings")
+INSTRUCTBLIP = HUGGING_FACE._replace(norm="qformer.embeddings.layernorm", words="qformer.embeddings")
+LAVIS = Names("Qformer.bert.encoder.layer.{i}", "self", "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.embeddings")
+
+
+class Unbatched:
+    """Published with a leading axis of one."""
+
+    def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Without it. ValueError for several rows."""
+        if theirs[0].shape[0] != 1:
+            raise ValueError(f"a tensor of shape {tuple(theirs[0].shape)} was to have one row")
+        return (theirs[0][0],)
+
+    def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """With it."""
+        return (ours[0][None],)
+
+
+class Temperature:
+    """A temperature τ (a scalar), of which we learn log 1/τ."""
+
+    def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """log 1/τ. ValueError where τ is not positive."""
+        if not bool(theirs[0] > 0):
+            raise ValueError(f"a temperature of {theirs[0].item():g}: it must be above 0")
+        return (-theirs[0].double().log().to(theirs[0].dtype).reshape(1),)
+
+    def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """τ, equal but for rounding to what was read."""
+        return ((-ours[0].double()).exp().to(ours[0].dtype).reshape(()),)
+
+
+class Shared:
+    """One tensor under several published names."""
+
+    def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """The first. ValueError where the others differ from it."""
+        if not all(torch.equal(theirs[0], other) for other in theirs[1:]):
+            raise ValueError("tensors that should be one and the same (the embedding and the head tied to it) differ")
+        return (theirs[0],)
+
+    def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Copies, because a file may not hold views of one storage."""
+        return tuple(ours[0].clone() for _ in range(count))
+
+
+def blip2_table(vision: Table, language: Table, names: Names = HUGGING_FACE) -> Table:
+    """A `Blip2ForConditionalGeneration`, or with names of INSTRUCTBLIP an `InstructBlipForConditionalGeneration`.
+
+    `vision` and `language`: the tables of these parts alone.
+    """
+    return system(
+        "BLIP-2",
+        vision.under("vision_model.", "vision."),
+        qformer_table(names).under("", "connector."),
+        Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm"))),
+        Table("projection", tuple(linear("language_projection", "connector.out"))),
+        language.under("language_model.", "language."),
+    )
+
+
+def retrieval_table(vision: Table) -> Table:
+    """A `Blip2ForImageTextRetrieval`: the heads of stage 1 but that for words.
+
+    Its scores are cosines, which is our contrastive head at a temperature of 1.
+    """
+    heads = [("vision_projection", "contrast.image"), ("text_projection", "contrast.text"), ("itm_head", MATCH)]
+    return system(
+        "BLIP-2 retrieval",
+        vision.under("vision_model.", "vision."),
+        qformer_table().under("", "connector."),
+        Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm"))),
+        Table("heads", tuple(row for a, b in heads for row in linear(a, b))),
+        Table("temperature", (Unpublished("contrast.log_scale", (0.0,)),)),
+    )
+
+
+def lavis_table(shared: Sequence[str], projection: str | None = None) -> Table:
+    """A BLIP-2 or InstructBLIP as LAVIS keeps it, without image encoder and language model.
+
+    `shared`: the names under "Qformer.cls.predictions." that the file has for the embedding and for the head's bias
+    (the head is tied to the embedding, and LAVIS saves each of the two once more); none where words are only read.
+    `projection`: the name of the layer before the language model.
+    """
+    words, cls = f"{LAVIS.words}.word_embeddings.weight", "Qformer.cls.predictions"
+    qformer = qformer_table(LAVIS)
+    rows = [row for row in qformer.rows if not (isinstance(row, Row) and row.theirs == words)]
+    rows += [
+        Row((words, *(name for name in shared if name.endswith("weight"))), "text.embedding.weight", Shared()),
+        Row((f"{cls}.bias", *(name for name in shared if name.endswith("bias"))), "text.bias", Shared()),
+        *linear(f"{cls}.transform.dense", "text.transform.0"),
+        *linear(f"{cls}.transform.LayerNorm", "text.transform.2"),
+        *linear("ln_vision", "image_norm"),
     ]
-    return [row for a, b in parts for row in linear(f"{theirs}.{a}", f"{ours}.{b}")]
+    heads = [("vision_proj", "contrast.image"), ("text_proj", "contrast.text"), ("itm_head", MATCH)]
+    heads += [] if projection is None else [(projection, "connector.out")]
+    return system(
+        "BLIP-2 of LAVIS",
+        Table("Q-Former", tuple(rows), qformer.ignored).under("", "connector."),
+        Table("heads", tuple(row for a, b in heads for row in linear(a, b))),
+        Table("temperature", (Row("temp", "contrast.log_scale", Temperature()),)),
+    )
 
 
-def qformer_table() -> Table:
-    """`Blip2QFormerModel` under "qformer.", its text embeddings under "embeddings.", and "query_tokens" (1 Q D)."""
-    theirs, ours = "qformer.encoder.layer.{i}", "stack.blocks.{i}"
+def qformer_table(names: Names = HUGGING_FACE) -> Table:
+    """The Q-Former of any layout, with "query_tokens" (1 Q D); its words where it has some, its heads apart."""
+    theirs, ours = names.blocks, "stack.blocks.{i}"
     routes = [("intermediate", "output", "text"), ("intermediate_query", "output_query", "query")]
     rows = [
-        *_attention(f"{theirs}.attention", f"{ours}.mixer"),
+        *_attention(f"{theirs}.attention", names.attention, f"{ours}.mixer"),
         *linear(f"{theirs}.attention.output.LayerNorm", f"{ours}.mixer_residual.norm"),
-        *_attention(f"{theirs}.crossattention", f"{ours}.cross.attention"),
+        *_attention(f"{theirs}.crossattention", names.attention, f"{ours}.cross.attention"),
         *linear(f"{theirs}.crossattention.output.LayerNorm", f"{ours}.cross.residual.norm"),
-        *linear("qformer.layernorm", "embed_norm"),
-        Row("query_tokens", "queries"),
-        Row("embeddings.word_embeddings.weight", "text.embedding.weight"),
-        Row("embeddings.position_embeddings.weight", "text.position.weight"),
+        *linear(names.norm, "embed_norm"),
+        Row("query_tokens", "queries", Unbatched()),
+        Row(f"{names.words}.word_embeddings.weight", "text.embedding.weight"),
+        Row(f"{names.words}.position_embeddings.weight", "text.position.weight"),
     ]
     for up, down, route in routes:
         rows += linear(f"{theirs}.{up}.dense", f"{ours}.ffn.routes.{route}.up")
         rows += linear(f"{theirs}.{down}.dense", f"{ours}.ffn.routes.{route}.down")
         rows += linear(f"{theirs}.{down}.LayerNorm", f"{ours}.ffn_residual.norm.routes.{route}")
-    return Table("blip2 qformer", tuple(rows), ignored=(r".*position_ids",))
+    return Table("BLIP-2 Q-Former", tuple(rows), ignored=(re.escape(f"{names.words}.position_ids"),))
+
+
+def _attention(theirs: str, inner: str, ours: str) -> list[Row]:
+    parts = [*((f"{inner}.{name}", name) for name in ("query", "key", "value")), ("output.dense", "out")]
+    return [row for a, b in parts for row in linear(f"{theirs}.{a}", f"{ours}.{b}")]

@@ -90,6 +90,21 @@ class _Fused:
         return tuple(part.clone() for expert in ours[0] for part in expert.chunk(self.parts, 0))
 
 
+@dataclass(frozen=True)
+class _Constant:
+    """Nothing published, and a value of ours."""
+
+    value: tuple[float, ...]
+
+    def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """The value."""
+        return (torch.tensor(self.value),)
+
+    def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Nothing."""
+        return ()
+
+
 class Unit(NamedTuple):
     """The published tensors that have to be read together, and those of ours that they make."""
 
@@ -144,10 +159,17 @@ class Row:
         """The same with prefixes."""
         return replace(self, theirs=_prefixed(theirs, self.theirs), ours=_prefixed(ours, self.ours))
 
-    def within(self, ours: str) -> "Row":
-        """The same without a prefix of ours."""
-        names = tuple(name.removeprefix(ours) for name in _tuple(self.ours))
-        return replace(self, ours=names[0] if isinstance(self.ours, str) else names)
+    def within(self, ours: str) -> "Row | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        names = _tuple(self.ours)
+        if not all(name.startswith(ours) for name in names):
+            return None
+        stripped = tuple(name.removeprefix(ours) for name in names)
+        return replace(self, ours=stripped[0] if isinstance(self.ours, str) else stripped)
+
+    def patterns(self) -> list[str]:
+        """Regular expressions of the published names."""
+        return [_expression(name).pattern for name in _tuple(self.theirs)]
 
 
 @dataclass(frozen=True)
@@ -180,9 +202,13 @@ class Experts:
         """The same with prefixes."""
         return replace(self, theirs=tuple(theirs + name for name in self.theirs), ours=ours + self.ours)
 
-    def within(self, ours: str) -> "Experts":
-        """The same without a prefix of ours."""
-        return replace(self, ours=self.ours.removeprefix(ours))
+    def within(self, ours: str) -> "Experts | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        return replace(self, ours=self.ours.removeprefix(ours)) if self.ours.startswith(ours) else None
+
+    def patterns(self) -> list[str]:
+        """Regular expressions of the published names."""
+        return [_expression(name).pattern for name in self.theirs]
 
     def _unit(self, number: str, count: int) -> Unit:
         names = [_fill(pattern, number).replace("{e}", str(e)) for e in range(count) for pattern in self.theirs]
@@ -214,9 +240,49 @@ class Subtree:
         """The same with prefixes."""
         return replace(self, theirs=theirs + self.theirs, ours=ours + self.ours)
 
+    def within(self, ours: str) -> "Subtree | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        return replace(self, ours=self.ours.removeprefix(ours)) if self.ours.startswith(ours) else None
+
+    def patterns(self) -> list[str]:
+        """Regular expressions of the published names."""
+        other = "|".join(self.but)
+        return [re.escape(self.theirs) + (f"(?!(?:{other})$).*" if other else ".*")]
+
     def _below(self, prefix: str, names: Iterable[str]) -> list[str]:
         below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         return [name for name in below if not any(re.fullmatch(pattern, name) for pattern in self.but)]
+
+
+@dataclass(frozen=True)
+class Unpublished:
+    """A tensor of ours (one axis) that published files have no place for, and what it is after reading one."""
+
+    ours: str
+    value: tuple[float, ...]
+
+    def reading(self, theirs: Iterable[str]) -> tuple[list[Unit], list[str]]:
+        """A unit that reads nothing."""
+        return [self._unit()], []
+
+    def writing(self, ours: Mapping[str, Tensor]) -> tuple[list[Unit], list[str]]:
+        """A unit that writes nothing, whatever the tensor has become."""
+        return [self._unit()] if self.ours in ours else [], []
+
+    def under(self, theirs: str, ours: str) -> "Unpublished":
+        """The same with a prefix."""
+        return replace(self, ours=ours + self.ours)
+
+    def within(self, ours: str) -> "Unpublished | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        return replace(self, ours=self.ours.removeprefix(ours)) if self.ours.startswith(ours) else None
+
+    def patterns(self) -> list[str]:
+        """None: no published name."""
+        return []
+
+    def _unit(self) -> Unit:
+        return Unit((), (self.ours,), _Constant(self.value))
 
 
 @dataclass(frozen=True)
@@ -229,7 +295,7 @@ class Table:
     """
 
     family: str
-    rows: tuple[Row | Experts | Subtree, ...]
+    rows: tuple[Row | Experts | Subtree | Unpublished, ...]
     ignored: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     also: tuple[Row | Experts, ...] = ()
@@ -278,10 +344,220 @@ class Table:
 
     def only(self, ours: str) -> "Table":
         """The table of the part whose names of ours begin so; what the files hold of the other parts is passed over."""
-        mine = [row for row in self.rows if all(name.startswith(ours) for name in _tuple(row.ours))]
-        others = [name for row in self.rows if row not in mine for name in _tuple(row.theirs)]
-        passed = tuple(_expression(name).pattern for name in others)
-        rows = tuple(row.within(ours) for row in mine)
+        rows = tuple(mine for row in self.rows if (mine := row.within(ours)) is not None)
+        also = tuple(mine for row in self.also if (mine := row.within(ours)) is not None)
+        others = [row for row in (*self.rows, *self.also) if row.within(ours) is None]
+        passed = (pattern for row in others for pattern in row.patterns())
+        return replace(self, rows=rows, also=also, ignored=(*self.ignored, *passed))
+
+    def _units(
+        self, given: tuple[str, ...], other: tuple[str, ...], names: Iterable[str], ours_first: bool
+    ) -> tuple[list[Unit], list[str]]:
+        found: dict[str, set[str]] = {}
+        for name in names:
+            for pattern in given:
+                if (match := _match(pattern, name)) is not None:
+                    found.setdefault(match.get("i", ""), set()).add(name)
+        units, missing = [], list[str]()
+        for number, present in found.items():
+            wanted = tuple(_fill(pattern, number) for pattern in given)
+            missing += [name for name in wanted if name not in present]
+            made = tuple(_fill(pattern, number) for pattern in other)
+            units.append(Unit(made, wanted, self.via) if ours_first else Unit(wanted, made, self.via))
+        return units, missing
+
+    def under(self, theirs: str, ours: str) -> "Row":
+        """The same with prefixes."""
+        return replace(self, theirs=_prefixed(theirs, self.theirs), ours=_prefixed(ours, self.ours))
+
+    def within(self, ours: str) -> "Row | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        names = _tuple(self.ours)
+        if not all(name.startswith(ours) for name in names):
+            return None
+        stripped = tuple(name.removeprefix(ours) for name in names)
+        return replace(self, ours=stripped[0] if isinstance(self.ours, str) else stripped)
+
+    def patterns(self) -> list[str]:
+        """Regular expressions of the published names."""
+        return [_expression(name).pattern for name in _tuple(self.theirs)]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Published tensors of single experts, `{e}` their number, and the one tensor of ours (E ...) that holds them all.
+
+    Several of theirs are stacked along the first axis to make an expert's part of ours (gate and up).
+    """
+
+    theirs: tuple[str, ...]
+    ours: str
+
+    def reading(self, theirs: Iterable[str]) -> tuple[list[Unit], list[str]]:
+        """Units for the published names that are there, and the names that are missing beside some of them."""
+        present = set(theirs)
+        found = [match for name in present for p in self.theirs if (match := _match(p, name)) is not None]
+        counts: dict[str, int] = {}
+        for match in found:
+            number = match.get("i", "")
+            counts[number] = max(counts.get(number, 0), int(match["e"]) + 1)
+        units = [self._unit(number, count) for number, count in counts.items()]
+        return units, [name for unit in units for name in unit.theirs if name not in present]
+
+    def writing(self, ours: Mapping[str, Tensor]) -> tuple[list[Unit], list[str]]:
+        """Units for the names of ours that are there."""
+        found = [(match, len(value)) for name, value in ours.items() if (match := _match(self.ours, name)) is not None]
+        return [self._unit(match.get("i", ""), count) for match, count in found], []
+
+    def under(self, theirs: str, ours: str) -> "Experts":
+        """The same with prefixes."""
+        return replace(self, theirs=tuple(theirs + name for name in self.theirs), ours=ours + self.ours)
+
+    def within(self, ours: str) -> "Experts | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        return replace(self, ours=self.ours.removeprefix(ours)) if self.ours.startswith(ours) else None
+
+    def patterns(self) -> list[str]:
+        """Regular expressions of the published names."""
+        return [_expression(name).pattern for name in self.theirs]
+
+    def _unit(self, number: str, count: int) -> Unit:
+        names = [_fill(pattern, number).replace("{e}", str(e)) for e in range(count) for pattern in self.theirs]
+        return Unit(tuple(names), (_fill(self.ours, number),), _Fused(len(self.theirs)))
+
+
+@dataclass(frozen=True)
+class Subtree:
+    """Everything under a prefix, by the same names on both sides: a module of the original library that runs here.
+
+    `but`: patterns of names below the prefix that other rows know. What such a module lacks, loading it will say.
+    """
+
+    theirs: str
+    ours: str
+    but: tuple[str, ...] = ()
+
+    def reading(self, theirs: Iterable[str]) -> tuple[list[Unit], list[str]]:
+        """Units for the published names that are there; none can be missing beside another."""
+        names = self._below(self.theirs, theirs)
+        return [Unit((self.theirs + name,), (self.ours + name,), STACKED) for name in names], []
+
+    def writing(self, ours: Mapping[str, Tensor]) -> tuple[list[Unit], list[str]]:
+        """Units for the names of ours that are there."""
+        names = self._below(self.ours, ours)
+        return [Unit((self.theirs + name,), (self.ours + name,), STACKED) for name in names], []
+
+    def under(self, theirs: str, ours: str) -> "Subtree":
+        """The same with prefixes."""
+        return replace(self, theirs=theirs + self.theirs, ours=ours + self.ours)
+
+    def within(self, ours: str) -> "Subtree | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        return replace(self, ours=self.ours.removeprefix(ours)) if self.ours.startswith(ours) else None
+
+    def patterns(self) -> list[str]:
+        """Regular expressions of the published names."""
+        other = "|".join(self.but)
+        return [re.escape(self.theirs) + (f"(?!(?:{other})$).*" if other else ".*")]
+
+    def _below(self, prefix: str, names: Iterable[str]) -> list[str]:
+        below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        return [name for name in below if not any(re.fullmatch(pattern, name) for pattern in self.but)]
+
+
+@dataclass(frozen=True)
+class Unpublished:
+    """A tensor of ours (one axis) that published files have no place for, and what it is after reading one."""
+
+    ours: str
+    value: tuple[float, ...]
+
+    def reading(self, theirs: Iterable[str]) -> tuple[list[Unit], list[str]]:
+        """A unit that reads nothing."""
+        return [self._unit()], []
+
+    def writing(self, ours: Mapping[str, Tensor]) -> tuple[list[Unit], list[str]]:
+        """A unit that writes nothing, whatever the tensor has become."""
+        return [self._unit()] if self.ours in ours else [], []
+
+    def under(self, theirs: str, ours: str) -> "Unpublished":
+        """The same with a prefix."""
+        return replace(self, ours=ours + self.ours)
+
+    def within(self, ours: str) -> "Unpublished | None":
+        """The same without a prefix of ours; None for what is not under it."""
+        return replace(self, ours=self.ours.removeprefix(ours)) if self.ours.startswith(ours) else None
+
+    def patterns(self) -> list[str]:
+        """None: no published name."""
+        return []
+
+    def _unit(self) -> Unit:
+        return Unit((), (self.ours,), _Constant(self.value))
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows of a family.
+
+    `ignored`: patterns of published tensors that carry no weights of their own (position ids, copies of tied ones).
+    `spellings`: older or other spellings of published names, as patterns and replacements for the one in the rows.
+    `also`: rows of another layout of the same tensors, which is read and never written.
+    """
+
+    family: str
+    rows: tuple[Row | Experts | Subtree | Unpublished, ...]
+    ignored: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    also: tuple[Row | Experts, ...] = ()
+
+    def reading(self, theirs: Iterable[str]) -> list[Unit]:
+        """How to make ours of published tensors. ValueError: a name that no row knows, or half of a fused tensor."""
+        spelt = {self.spell(name): name for name in theirs}
+        names = [name for name in spelt if not any(re.fullmatch(pattern, name) for pattern in self.ignored)]
+        units = self._units([row.reading(names) for row in (*self.rows, *self.also)], "published")
+        used = {name for unit in units for name in unit.theirs}
+        self._refuse(
+            [spelt[name] for name in names if name not in used], "published tensors that our table does not know"
+        )
+        return [unit._replace(theirs=tuple(spelt[name] for name in unit.theirs)) for unit in units]
+
+    def writing(self, ours: Mapping[str, Tensor]) -> list[Unit]:
+        """How to make published tensors of ours. ValueError as in `reading`."""
+        units = self._units([row.writing(ours) for row in self.rows], "our")
+        used = {name for unit in units for name in unit.ours}
+        self._refuse([name for name in ours if name not in used], "tensors of ours that the table does not know")
+        return units
+
+    def to_ours(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors from published ones. Errors as of `reading`."""
+        return {name: value for unit in self.reading(theirs) for name, value in unit.to_ours(theirs).items()}
+
+    def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published tensors from ours. Errors as of `writing`."""
+        return {name: value for unit in self.writing(ours) for name, value in unit.to_theirs(ours).items()}
+
+    def spell(self, name: str) -> str:
+        """A published name as the rows spell it."""
+        for pattern, replacement in self.spellings:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def under(self, theirs: str, ours: str) -> "Table":
+        """The same family as a part of a system, where its names have prefixes."""
+        return Table(
+            self.family,
+            tuple(row.under(theirs, ours) for row in self.rows),
+            tuple(re.escape(theirs) + f"(?:{pattern})" for pattern in self.ignored),
+            tuple((rf"^{re.escape(theirs)}{old.removeprefix('^')}", theirs + new) for old, new in self.spellings),
+            tuple(row.under(theirs, ours) for row in self.also),
+        )
+
+    def only(self, ours: str) -> "Table":
+        """The table of the part whose names of ours begin so; what the files hold of the other parts is passed over."""
+        parts = [(row, row.within(ours)) for row in self.rows]
+        rows = tuple(mine for _, mine in parts if mine is not None)
+        passed = [pattern for row, mine in parts if mine is None for pattern in row.patterns()]
         return replace(self, rows=rows, ignored=(*self.ignored, *passed))
 
     def _units(self, found: Sequence[tuple[list[Unit], list[str]]], whose: str) -> list[Unit]:

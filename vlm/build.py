@@ -34,6 +34,7 @@ from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import Decoder, Language, LearnedPositions
 from vlm.model.published import load as published
+from vlm.model.published.hub import find
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
@@ -89,7 +90,10 @@ def image_encoder(settings: schema.Vision) -> ImageEncoder:
         case schema.TimmVision(name=name, weights=weights, layer=layer, image_size=size, frozen=frozen):
             return timm_encoder(name, weights, layer, settings.class_token, size, settings.args, frozen, dtype)
         case schema.PublishedVision(name=name, architecture=values, layer=layer, frozen=frozen):
-            return published.image_encoder(name, values, layer, settings.class_token, frozen, dtype)
+            encoder = published.image_encoder(name, values, layer, settings.class_token, frozen, dtype)
+            if settings.resize is not None:
+                encoder.transform = replace(encoder.transform, resize=settings.resize)
+            return encoder
         case _:
             assert_never(settings)
 
@@ -210,7 +214,7 @@ def _ffn(settings: Ffn, dim: int, block: int) -> nn.Module:
         case GatedMlpFfn(hidden=hidden):
             return GatedMlp(dim, hidden or dense)
         case MoeFfn(dense_blocks=first) if block < first:
-            return GatedMlp(dim, dense)
+            return GatedMlp(dim, settings.dense_hidden or dense)
         case MoeFfn():
             width = settings.hidden or max(1, dense // (settings.top_k + settings.shared))
             return _experts(settings, dim, width)
@@ -245,7 +249,7 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
         case schema.FileTokenizer(path=path):
             return load_tokenizer(Path(path))
         case schema.PublishedTokenizer(name=name):
-            return load_tokenizer(published.find(name))
+            return load_tokenizer(find(name), settings.add)
         case schema.ClipTokenizer():
             return clip_tokenizer()
         case schema.BpeTokenizer(vocab=vocab):

@@ -59,6 +59,7 @@ class MoeFfn(Section):
     devices: Positive = 1
     bias_rate: float | None = Field(None, gt=0, description="balance by a bias on the choice instead (DeepSeek-V3)")
     dense_blocks: Annotated[int, Field(ge=0)] = Field(0, description="first blocks that stay dense (DeepSeekMoE: 1)")
+    dense_hidden: Positive | None = Field(None, description="width inside those; 8/3 dim unless given")
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "MoeFfn":

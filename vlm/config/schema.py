@@ -70,6 +70,9 @@ class PublishedVision(VisionBase):
     architecture: dict[str, Any] | None = Field(
         None, description="the vision_config of its config.json (model_type, hidden_size, ...); read there unless given"
     )
+    resize: Literal["shortest", "longest", "squash"] | None = Field(
+        None, description="to a square by cutting, padding or squeezing; as published unless given"
+    )
 
     @property
     def source(self) -> str | None:
@@ -164,6 +167,7 @@ class PublishedTokenizer(Section):
 
     kind: Literal["published"]
     name: str = Field(description="folder, or OWNER/NAME[@REVISION] of the hub")
+    add: list[str] = Field(default_factory=list, description="control tokens that it lacks, such as [DEC]")
 
 
 class ClipTokenizer(Section):

@@ -79,8 +79,8 @@ def _refuse(run: schema.Run) -> None:
     problems = []
     if not vision.frozen:
         problems.append("model.vision.frozen=false: what an encoder gives can be kept only while it stays as it is")
-    if vision.weights is None and not run.model.init.get("vision"):
-        problems.append("model.vision.weights: not set, nor model.init.vision: the encoder would be another next time")
+    if vision.source is None and not run.model.init.get("vision"):
+        problems.append("model.vision: names no weights, nor does model.init.vision: it would be another next time")
     if run.pairs.augment is not None:
         problems.append("data.augment: every epoch changes the pictures, and features are of one state; set it to null")
     if problems:

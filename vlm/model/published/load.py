@@ -19,7 +19,7 @@ from vlm.model.published.processor import image_transform
 from vlm.model.published.siglip import siglip_part
 from vlm.model.published.vit import blip2_vit
 from vlm.model.vision import ClassToken, ImageEncoder
-from vlm.model.vlm import VisionLanguageModel, need
+from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.fill import fill
 from vlm.model.weights.source import Weights, open_weights
 
@@ -77,7 +77,7 @@ def load(
     """
     found = open_checkpoint(name, revision)
     others = {part: open_checkpoint(source) for part, source in (parts or {}).items()}
-    for part in [part for part, module in found.model.named_children() if module is not None]:
+    for part in [part for part, _ in found.model.named_children()]:
         source = others.get(part, found)
         take(found.piece(part).module, source, part, dtype, device)
     found.model.eval().requires_grad_(False)
@@ -168,7 +168,9 @@ def image_encoder(
         return module.reading(layer, class_token, frozen, dtype)
     source = open_checkpoint(name)
     _agree(source.values.get("vision_config", source.values), architecture, "model.vision.architecture", name)
-    encoder = need(source.model.vision, "image encoder").reading(layer, class_token, frozen, dtype)
+    own = source.piece("vision").module
+    assert isinstance(own, ImageEncoder)
+    encoder = own.reading(layer, class_token, frozen, dtype)
     take(encoder, source, "vision", dtype or torch.float32, torch.get_default_device())
     return encoder
 

@@ -180,6 +180,14 @@ class Experts:
         return Unit(tuple(names), (_fill(self.ours, number),), _Fused(len(self.theirs)))
 
 
+class Sorted(NamedTuple):
+    """Published names as a table sees them: what makes ours, what is missing beside others, what no row knows."""
+
+    units: list[Unit]
+    missing: list[str]
+    unknown: list[str]
+
+
 @dataclass(frozen=True)
 class Table:
     """All rows of a family.
@@ -195,18 +203,35 @@ class Table:
 
     def reading(self, theirs: Iterable[str]) -> list[Unit]:
         """How to make ours of published tensors. ValueError: a name that no row knows, or half of a fused tensor."""
-        spelt = {self.spell(name): name for name in theirs}
-        names = [name for name in spelt if not any(re.fullmatch(pattern, name) for pattern in self.ignored)]
-        units = self._units([row.reading(names) for row in self.rows], "published")
+        units, missing, unknown = self.sort(theirs)
+        self._refuse(missing, "published tensors that are missing beside others")
+        self._refuse(unknown, "published tensors that our table does not know")
+        return units
+
+    def sort(self, theirs: Iterable[str]) -> Sorted:
+        """What becomes of published tensors, whatever their names."""
+        spelt, again = dict[str, str](), list[str]()
+        for name in theirs:
+            spelling = self.spell(name)
+            if any(re.fullmatch(pattern, spelling) for pattern in self.ignored):
+                continue
+            if spelling in spelt:
+                again.append(name)
+            spelt.setdefault(spelling, name)
+        found = [row.reading(spelt) for row in self.rows]
+        units = [unit for units, _ in found for unit in units]
         used = {name for unit in units for name in unit.theirs}
-        self._refuse(
-            [spelt[name] for name in names if name not in used], "published tensors that our table does not know"
+        return Sorted(
+            [unit._replace(theirs=tuple(spelt.get(name, name) for name in unit.theirs)) for unit in units],
+            [name for _, names in found for name in names],
+            [name for spelling, name in spelt.items() if spelling not in used] + again,
         )
-        return [unit._replace(theirs=tuple(spelt[name] for name in unit.theirs)) for unit in units]
 
     def writing(self, ours: Mapping[str, Tensor]) -> list[Unit]:
         """How to make published tensors of ours. ValueError as in `reading`."""
-        units = self._units([row.writing(ours) for row in self.rows], "our")
+        found = [row.writing(ours) for row in self.rows]
+        self._refuse([name for _, names in found for name in names], "our tensors that are missing beside others")
+        units = [unit for units, _ in found for unit in units]
         used = {name for unit in units for name in unit.ours}
         self._refuse([name for name in ours if name not in used], "tensors of ours that the table does not know")
         return units
@@ -233,11 +258,6 @@ class Table:
             tuple(re.escape(theirs) + f"(?:{pattern})" for pattern in self.ignored),
             tuple((rf"^{re.escape(theirs)}{old.removeprefix('^')}", theirs + new) for old, new in self.spellings),
         )
-
-    def _units(self, found: Sequence[tuple[list[Unit], list[str]]], whose: str) -> list[Unit]:
-        missing = [name for _, names in found for name in names]
-        self._refuse(missing, f"{whose} tensors that are missing beside others")
-        return [unit for units, _ in found for unit in units]
 
     def _refuse(self, names: list[str], what: str) -> None:
         if names:

@@ -42,17 +42,17 @@ def refuse(problems: Sequence[str], source: str) -> None:
 
 def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
     """One line for each name that only one side has, and for each shape that differs."""
-    lines = [f"missing: {name} {_shape(own[name])}" for name in own if name not in given]
-    lines += [f"not in the model: {name} {_shape(given[name])}" for name in given if name not in own]
+    lines = [f"missing: {name} {shape(own[name])}" for name in own if name not in given]
+    lines += [f"not in the model: {name} {shape(given[name])}" for name in given if name not in own]
     lines += [
-        f"other shape: {name} is {_shape(given[name])}, the model's is {_shape(own[name])}"
+        f"other shape: {name} is {shape(given[name])}, the model's is {shape(own[name])}"
         for name in own
         if name in given and own[name].shape != given[name].shape
     ]
     return lines
 
 
-def _shape(tensor: Tensor) -> str:
+def shape(tensor: Tensor) -> str:
     return "x".join(str(size) for size in tensor.shape) or "scalar"
 
 

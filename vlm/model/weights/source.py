@@ -73,7 +73,7 @@ class InFile:
         return span.as_strided(self.like.shape, self.like.stride())
 
     def _fill(self, stream: FileIO, out: Tensor) -> None:
-        rest = memoryview(out.view(torch.uint8).numpy())
+        rest = out.view(torch.uint8).numpy().data
         while rest:
             if not (count := stream.readinto(rest)):
                 raise ValueError(f"{self.file}: ends {len(rest)} bytes too early: it is cut off, fetch it again")
@@ -241,7 +241,7 @@ def _start(path: Path, name: str, tensor: Tensor) -> int | None:
     storage = tensor.untyped_storage()
     if (start := getattr(storage, "_checkpoint_offset", None)) is None:
         return None
-    skipped = tensor.storage_offset() * tensor.itemsize
+    skipped = int(tensor.storage_offset()) * tensor.itemsize
     inside = skipped + _span(tensor) * tensor.itemsize <= storage.nbytes()
     if not inside or start + storage.nbytes() > path.stat().st_size:
         raise ValueError(f"{path}: refused, for it is damaged ({name} lies outside of it)")

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from tests.parity.noise import noise
 from vlm.model.language import llama
 from vlm.model.weights.blip2 import qformer_table
+from vlm.model.weights.conversion import Transposed
 from vlm.model.weights.files import differences, load_into, load_strict, read
 from vlm.model.weights.llama import llama_table, qwen2_table, qwen3_table
 from vlm.model.weights.open_clip import hf_clip_vision_table, open_clip_table
 from vlm.model.weights.opt import opt_table
 from vlm.model.weights.retnet import retnet_table
-from vlm.model.weights.table import Experts, Row, Table, Transposed, linear
+from vlm.model.weights.rows import Experts, Row, linear
+from vlm.model.weights.table import Table
 
 TABLE = Table(
     "toy",

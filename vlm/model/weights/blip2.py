@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm.model.weights.table import Row, Table, Unpublished, linear, system
+from vlm.model.weights.rows import Row, Unpublished, linear
+from vlm.model.weights.table import Table, system
 
 MATCH = "match.classify"
 PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj", "llama_proj")  # LAVIS, InstructBLIP, MiniGPT-4

@@ -1,6 +1,7 @@
 """Weights of Llama (also Vicuna, Mistral), Qwen2 and Qwen3 in the layout of `transformers`, for our `Decoder`."""
 
-from vlm.model.weights.table import Row, Table, linear
+from vlm.model.weights.rows import Row, linear
+from vlm.model.weights.table import Table
 
 THEIRS, OURS = "model.layers.{i}", "stack.blocks.{i}"
 

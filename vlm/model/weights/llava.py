@@ -1,7 +1,8 @@
 """LLaVA's weights in all their spellings, for ours: CLIP image tower, projector, language model."""
 
 from vlm.model.weights.open_clip import hf_clip_vision_table
-from vlm.model.weights.table import Table, linear, system
+from vlm.model.weights.rows import linear
+from vlm.model.weights.table import Table, system
 
 # Files on the hub (the canonical spelling of a composed table), modules in memory, and older files differ.
 SPELLINGS = (

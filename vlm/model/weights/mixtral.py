@@ -2,7 +2,8 @@
 
 from vlm.model.weights.llama import OURS, THEIRS, attention_rows, frame_rows, ignored_names
 from vlm.model.weights.moe import fused_rows
-from vlm.model.weights.table import Experts, Row, Table
+from vlm.model.weights.rows import Experts, Row
+from vlm.model.weights.table import Table
 
 
 def mixtral_table(tied: bool = False) -> Table:

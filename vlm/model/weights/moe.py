@@ -1,7 +1,8 @@
 """Mixtures of experts of DeepSeekMoE, DeepSeek-V2, -V3 and Qwen2-MoE, for our `MixtureOfExperts` and `Decoder`."""
 
 from vlm.model.weights.llama import OURS, THEIRS, attention_rows, frame_rows, gated_rows, ignored_names
-from vlm.model.weights.table import Experts, Row, Table
+from vlm.model.weights.rows import Experts, Row
+from vlm.model.weights.table import Table
 
 
 def deepseek_block_table() -> Table:

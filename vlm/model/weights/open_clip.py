@@ -1,6 +1,8 @@
 """CLIP's weights for our two towers: in the layout of OpenAI and open_clip, and in Hugging Face's."""
 
-from vlm.model.weights.table import SCALAR, Reshaped, Row, Subtree, Table, Transposed, linear, system
+from vlm.model.weights.conversion import SCALAR, Reshaped, Transposed
+from vlm.model.weights.rows import Row, Subtree, linear
+from vlm.model.weights.table import Table, system
 
 VISUAL = "vision.backbone.visual."
 

@@ -1,6 +1,7 @@
 """OPT's weights in the layout of `transformers`, for our `Decoder`."""
 
-from vlm.model.weights.table import Row, Table, linear
+from vlm.model.weights.rows import Row, linear
+from vlm.model.weights.table import Table
 
 
 def opt_table(tied: bool = True) -> Table:

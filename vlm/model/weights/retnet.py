@@ -1,6 +1,7 @@
 """RetNet's weights as torchscale names them (its GLU decoder of October 2023 and later) for our `Decoder`."""
 
-from vlm.model.weights.table import Row, Table, linear
+from vlm.model.weights.rows import Row, linear
+from vlm.model.weights.table import Table
 
 
 def retnet_table(tied: bool = False) -> Table:

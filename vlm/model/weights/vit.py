@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm.model.weights.table import Row, Table, linear
+from vlm.model.weights.rows import Row, linear
+from vlm.model.weights.table import Table
 
 BLOCK = "blocks.{i}"
 

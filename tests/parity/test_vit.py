@@ -1,19 +1,25 @@
 """Vision Transformers from published files are the original libraries': outputs, gradients, and the way back."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
 from timm.models.eva import Eva
 from torch import Tensor, nn
-from transformers import Blip2VisionConfig, Blip2VisionModel
+from transformers import Blip2VisionConfig, Blip2VisionModel, ViTConfig, ViTForImageClassification, ViTModel
 
 from tests.parity.noise import gap, noise
 from tests.parity.published import loaded, same, saved, written
-from vlm.model.published.vit import blip2_vit
+from vlm.data.image import ImageTransform
+from vlm.model.published.vit import blip2_vit, timm_part, vit_part
 from vlm.model.weights.files import read
 
 SIZES = {
@@ -126,3 +132,94 @@ def test_a_bias_of_the_key_changes_nothing() -> None:
 def test_other_towers_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"config.json: settings that vlm does not have: {next(iter(change))}="):
         blip2_vit({**SIZES, **change}, "config.json")
+
+
+@pytest.mark.parametrize("kind", [ViTModel, ViTForImageClassification])
+def test_plain_vit_and_gradients(kind: type[Any], tmp_path: Path) -> None:
+    theirs = kind(ViTConfig(**SIZES))
+    config = saved(theirs, tmp_path)
+    part = vit_part(config, "config.json")
+    found = loaded(part, tmp_path / WEIGHTS)(pictures())
+    body = theirs.vit if kind is ViTForImageClassification else theirs
+    wanted = body(pictures()).last_hidden_state
+    assert gap(found, wanted) < 1e-4
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    mine = torch.autograd.grad((found * weight).sum(), part.module.get_parameter("backbone.model.pos_embed"))
+    other = torch.autograd.grad((wanted * weight).sum(), body.embeddings.position_embeddings)
+    assert float(other[0].abs().max()) > 1e-2
+    assert gap(mine[0], other[0]) < 1e-4
+
+
+@torch.no_grad()
+def test_plain_vit_goes_back(tmp_path: Path) -> None:
+    theirs = ViTModel(ViTConfig(**SIZES), add_pooling_layer=False)
+    part = vit_part(saved(theirs, tmp_path), "config.json")
+    loaded(part, tmp_path / WEIGHTS)
+    original = read(tmp_path / WEIGHTS)
+    assert same(written(part, tmp_path / WEIGHTS), original)
+    again = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    assert torch.equal(again(pictures()).last_hidden_state, theirs(pictures()).last_hidden_state)
+
+
+@torch.no_grad()
+def test_changed_facts_of_plain_vit_are_noticed(tmp_path: Path) -> None:
+    theirs = ViTModel(ViTConfig(**SIZES))
+    config = {**saved(theirs, tmp_path), "layer_norm_eps": 1e-2}
+    ours = loaded(vit_part(config, "config.json"), tmp_path / WEIGHTS)
+    assert gap(ours(pictures()), theirs(pictures()).last_hidden_state) > 1e-3
+
+
+ARGS: dict[str, dict[str, Any]] = {
+    "eva02_base_patch16_clip_224": {"img_size": 48, "depth": 2, "embed_dim": 48, "num_heads": 4},
+    "eva_giant_patch14_clip_224": {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 4},
+    "vit_base_patch16_siglip_224": {"img_size": 48, "depth": 2, "embed_dim": 48, "num_heads": 4},
+    "test_convnext": {},
+}
+
+
+def folder_of_timm(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    model = timm.create_model(name, **ARGS[name]).eval()
+    noise(model)
+    save_for_hf(model, str(folder), model_args=ARGS[name], safe_serialization=True)
+    return model, json.loads((folder / "config.json").read_text())
+
+
+def rows(features: Tensor) -> Tensor:
+    return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", ARGS)
+@torch.no_grad()
+def test_folders_of_timm(name: str, tmp_path: Path) -> None:
+    theirs, config = folder_of_timm(name, tmp_path)
+    file, part = tmp_path / WEIGHTS, timm_part(config, "config.json")
+    pixels = pictures(ARGS[name].get("img_size", 64))
+    assert gap(loaded(part, file)(pixels), rows(theirs.forward_features(pixels))) < 1e-4
+    classifier = f"{theirs.pretrained_cfg['classifier']}."
+    body = {key: value for key, value in read(file).items() if not key.startswith(classifier)}
+    assert same(written(part, tmp_path / "back.safetensors"), body)
+    picture = Image.effect_noise((70, 50), 80).convert("RGB")
+    wanted = create_transform(**resolve_data_config(pretrained_cfg=config["pretrained_cfg"]), is_training=False)
+    transform = part.module.transform
+    assert isinstance(transform, ImageTransform)
+    assert gap(transform(picture), wanted(picture)) < 2.1 / 255 / min(transform.std)
+
+
+@pytest.mark.parametrize("name", ["eva02_base_patch16_clip_224", "vit_base_patch16_siglip_224"])
+@torch.no_grad()
+def test_built_without_memory_it_is_the_same(name: str, tmp_path: Path) -> None:
+    theirs, config = folder_of_timm(name, tmp_path)
+    with torch.device("meta"):
+        part = timm_part(config, "config.json")
+    ours = loaded(part, tmp_path / WEIGHTS)
+    assert not any(tensor.is_meta for tensor in (*ours.parameters(), *ours.buffers()))
+    assert gap(ours(pictures(48)), theirs.forward_features(pictures(48))) < 1e-4
+
+
+def test_folders_that_timm_cannot_build_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"config\.json: this timm \(.*\) has no architecture 'test_vitt'; near: test_vit"
+    ):
+        timm_part({"architecture": "test_vitt", "pretrained_cfg": {}}, "config.json")
+    with pytest.raises(ValueError, match=r"config\.json: timm's test_vit does not take what model_args says .*'wings'"):
+        timm_part({"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"wings": 2}}, "config.json")

@@ -202,7 +202,7 @@ def timm_encoder(
         load_into(model, Path(weights), optional=_classifier_keys(model))
     if resizable:
         model.set_input_size(img_size=(image_size, image_size))
-    return ImageEncoder(TimmBackbone(model, layer, class_token), _timm_transform(model, image_size), frozen, dtype)
+    return ImageEncoder(TimmBackbone(model, layer, class_token), timm_transform(model, image_size), frozen, dtype)
 
 
 def _fits(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
@@ -218,7 +218,8 @@ def _classifier_keys(model: Any) -> tuple[str, ...]:
 _RESIZE: dict[str, Resize] = {"center": "shortest", "squash": "squash", "border": "longest"}  # timm's names
 
 
-def _timm_transform(model: Any, image_size: int | None) -> ImageTransform:
+def timm_transform(model: Any, image_size: int | None) -> ImageTransform:
+    """As the model's data config says; another size is taken whole."""
     config = resolve_model_data_config(model)
     size = config["input_size"][1:] if image_size is None else (image_size, image_size)
     bilinear = config["interpolation"] == "bilinear"

@@ -15,13 +15,12 @@ from vlm.data.image import ImageTransform
 from vlm.model.connector import FirstToken
 from vlm.model.heads import ContrastiveHead
 from vlm.model.published.part import Part, Settings
+from vlm.model.published.vit import CLIP_MEAN, CLIP_STD
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ClassToken, ImageEncoder, open_clip_backbone
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.open_clip import hf_clip_table, hf_clip_vision_table, open_clip_table
 from vlm.nn.ffn import QuickGELU
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # What transformers' config classes take where config.json says nothing.
 CLIP_VISION = {

@@ -13,14 +13,12 @@ from vlm.model.connector import AttentionPool
 from vlm.model.heads import ContrastiveHead
 from vlm.model.published.clip import ACTIVATIONS
 from vlm.model.published.part import Part, Settings
-from vlm.model.published.vit import squashed, timm_vit
+from vlm.model.published.vit import HALF, squashed, timm_vit
 from vlm.model.text import PaddedTextEncoder
 from vlm.model.vision import ImageEncoder, TimmBackbone
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.open_clip import hf_siglip_table
 from vlm.nn.ffn import Mlp
-
-HALF = (0.5, 0.5, 0.5)
 
 # What transformers' config classes take where config.json says nothing.
 SIGLIP_VISION = {

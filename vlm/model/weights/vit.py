@@ -1,12 +1,13 @@
 """Weights of Vision Transformers as Hugging Face and LAVIS name them, for timm's classes."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlm.model.weights.rows import Row, linear
+from vlm.model.weights.rows import Row, Subtree, linear
 from vlm.model.weights.table import Table
 
 BLOCK = "blocks.{i}"
@@ -65,3 +66,33 @@ def eva_vit_g_table(blocks: int) -> Table:
         Row((f"{BLOCK}.attn.q_bias", f"{BLOCK}.attn.v_bias"), f"{BLOCK}.attn.qkv.bias", QueryValueBias()),
     ]
     return Table("EVA ViT-g", tuple(rows), ignored=(rf"blocks\.{blocks}\..*", r"(fc_)?norm\..*", r"head\..*"))
+
+
+def hf_vit_table() -> Table:
+    """Hugging Face's plain ViT, with or without "vit." before its names; its pooler and classifier are left out."""
+    theirs = "encoder.layer.{i}"
+    fused = [
+        Row(
+            tuple(f"{theirs}.attention.attention.{name}.{part}" for name in ("query", "key", "value")),
+            f"{BLOCK}.attn.qkv.{part}",
+        )
+        for part in ("weight", "bias")
+    ]
+    pairs = [
+        ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+        (f"{theirs}.attention.output.dense", f"{BLOCK}.attn.proj"),
+        (f"{theirs}.layernorm_before", f"{BLOCK}.norm1"),
+        (f"{theirs}.layernorm_after", f"{BLOCK}.norm2"),
+        (f"{theirs}.intermediate.dense", f"{BLOCK}.mlp.fc1"),
+        (f"{theirs}.output.dense", f"{BLOCK}.mlp.fc2"),
+        ("layernorm", "norm"),
+    ]
+    rows = fused + [row for a, b in pairs for row in linear(a, b)]
+    rows += [Row("embeddings.cls_token", "cls_token"), Row("embeddings.position_embeddings", "pos_embed")]
+    ignored = (r"pooler\..*", r"classifier\..*", r"embeddings\.mask_token")
+    return Table("vit", tuple(rows), ignored, spellings=((r"^vit\.", ""),))
+
+
+def timm_table(classifiers: Sequence[str]) -> Table:
+    """Any model of timm by its own names, except the classifiers that those modules are."""
+    return Table("timm", (Subtree("", ""),), ignored=tuple(re.escape(name) + r"\..*" for name in classifiers))

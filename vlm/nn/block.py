@@ -142,7 +142,10 @@ class Stack(nn.Module):
         decay: Decay | None = None,
         relative: RelativeBias | None = None,
     ) -> None:
-        """`norm`: after the last block (pre-norm stacks); `rotary`, `relative`: for attention; `decay`: for retention."""
+        """`norm`: after the last block (pre-norm stacks); `rotary`, `relative`: for attention.
+
+        `decay`: for retention.
+        """
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity() if norm is None else norm

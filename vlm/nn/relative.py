@@ -28,7 +28,7 @@ def backwards(distance: Int[Tensor, "*S"], buckets: int, longest: int) -> Int[Te
 
 
 def _coarser(distance: Tensor, buckets: int, longest: int) -> Tensor:
-    """One bucket for each of the shorter distances, logarithmically wider ones up to `longest`, the last for the rest."""
+    """A bucket for each of the shorter distances, logarithmically wider ones up to `longest`, the last for the rest."""
     exact = buckets // 2
     # In fp32 and in this order, as published: a distance at the edge of two buckets must not change sides.
     ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(longest / exact)

@@ -29,7 +29,7 @@ class LayerState(Protocol):
 
 @runtime_checkable
 class Beside(Protocol):
-    """What tokens look at besides each other: it is finished before them and the same for all continuations of a row."""
+    """What tokens look at besides each other: finished before them, and the same for all continuations of a row."""
 
     def select(self, index: Int[Tensor, "R"]) -> "Beside":
         """Rows picked by index, with repeats."""

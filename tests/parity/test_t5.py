@@ -161,7 +161,7 @@ def asked(side: str, lengths: tuple[int, ...] = (READ, 5, 17)) -> Text:
     return Text(given.ids, given.valid, given.labels, given.full, Text(start, start == 0, start + IGNORE, True))
 
 
-WAYS = {"greedy": Sampling(8), "penalty": Sampling(8, repetition_penalty=1.7), "beam": Beams(3, 8)}
+WAYS = {"greedy": Sampling(8), "penalty": Sampling(8, repetition_penalty=1.7), "beam": Beams(3, 8, length_penalty=-1.0)}
 
 
 def answers(theirs: T5ForConditionalGeneration, given: Text, decoding: Decoding, eos: int) -> list[list[int]]:
@@ -171,6 +171,7 @@ def answers(theirs: T5ForConditionalGeneration, given: Text, decoding: Decoding,
         do_sample=False,
         max_new_tokens=8,
         num_beams=getattr(decoding, "width", 1),
+        length_penalty=-1.0,
         repetition_penalty=getattr(decoding, "repetition_penalty", 1.0),
         eos_token_id=eos,
     )[:, 1:].tolist()

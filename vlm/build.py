@@ -321,9 +321,17 @@ def shard_cache(settings: schema.PairData) -> Cache:
 
 
 def training_loader(
-    run: schema.Run, source: Pictures, transform: Transform, tokens: Tokenizer, image_tokens: int
+    run: schema.Run,
+    source: Pictures,
+    transform: Transform,
+    tokens: Tokenizer,
+    image_tokens: int,
+    reply_start: int | None = None,
 ) -> Loader:
-    """Endless batches for training, augmented. Errors: features, which cannot be."""
+    """Endless batches for training, augmented. Errors: features, which cannot be.
+
+    `image_tokens`, `reply_start`: of the model.
+    """
     data = run.pairs
     if isinstance(source, FeatureShards) and data.augment is not None:
         raise ValueError(
@@ -340,6 +348,7 @@ def training_loader(
         max_tokens=data.max_tokens,
         template=data.prompt if run.model.language is not None else None,
         image_tokens=image_tokens,
+        reply_start=reply_start,
         captions_per_image=data.captions_per_image,
         keep_first=data.keep_first_caption,
         augment=None if data.augment is None else Augment(**data.augment.model_dump()),
@@ -357,8 +366,9 @@ def evaluation_loader(
     tokens: Tokenizer,
     batch_size: int,
     image_tokens: int = 0,
+    reply_start: int | None = None,
 ) -> Loader:
-    """Every sample once, as it is, all its captions; also as prompts of a language model that reads `image_tokens`."""
+    """Every sample once, as it is, with all its captions; `image_tokens` and `reply_start` are the model's."""
     return Loader(
         source,
         transform,
@@ -367,6 +377,7 @@ def evaluation_loader(
         max_tokens=data.max_tokens,
         template=data.prompt if image_tokens else None,
         image_tokens=image_tokens,
+        reply_start=reply_start,
         captions_per_image=0,
         shuffle=False,
     )

@@ -82,14 +82,15 @@ class PairFeed:
 
     def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
         """Augmented batches for training; the validation data as it is."""
+        wanted = model.image_tokens, model.reply_start
         transform = build.transform(self._run.model.vision, model, self._shards)
-        self._loader = build.training_loader(self._run, self._shards, transform, tokenizer, model.image_tokens)
+        self._loader = build.training_loader(self._run, self._shards, transform, tokenizer, *wanted)
         once = None
         if self._data.val is not None:
             val = _opened(self._data, self._data.val)
             seen_as = build.transform(self._run.model.vision, model, val)
             size = self._run.train.batch_size
-            once = build.evaluation_loader(self._data, val, seen_as, tokenizer, size, model.image_tokens).once
+            once = build.evaluation_loader(self._data, val, seen_as, tokenizer, size, *wanted).once
         return self._loader.train, once
 
     def left_out(self) -> Counter[str]:

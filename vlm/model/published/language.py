@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from vlm.model.published import decoders, mixtures
 from vlm.model.published.part import Part, Settings
 from vlm.model.published.retnet import RETNET, retnet_part
+from vlm.model.published.t5 import T5, t5_part
 
 
 class Family(NamedTuple):
@@ -26,6 +27,7 @@ FAMILIES = {
     "mixtral": Family(mixtures.MIXTRAL, mixtures.mixtral_part),
     "qwen2_moe": Family(mixtures.QWEN2_MOE, mixtures.qwen2_moe_part),
     "deepseek": Family(mixtures.DEEPSEEK, mixtures.deepseek_part),
+    "t5": Family(T5, t5_part),
 }
 _LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 

@@ -37,12 +37,10 @@ def add_lora(model: nn.Module, specs: Sequence[Lora]) -> list[str]:
     frozen part by the way; ranks above a layer's width; peft not installed.
     """
     chosen, problems = _choose(model, specs)
-    if not problems and chosen:
-        wrap(model, chosen)
-        if problems := _unused(model):
-            unwrap(model)
-    if problems:
+    if problems := problems + _unused(model, chosen):
         raise ValueError("\n".join(problems))
+    if chosen:
+        wrap(model, chosen)
     return list(chosen)
 
 
@@ -65,25 +63,20 @@ def wrap(model: nn.Module, chosen: Mapping[str, Lora]) -> None:
     for name, adapter in adapters(model).items():
         if name in chosen:
             adapter.base.requires_grad_(False)
+            model.get_submodule(name).train(adapter.base.training)
             adapter.down.float()
             adapter.up.float()
 
 
 def merge_lora(model: nn.Module) -> list[str]:
     """Folds all adapters into their layers, in place, which are plain again afterwards; returns these layers' names."""
+    found = adapters(model)
     with torch.no_grad():
-        for adapter in adapters(model).values():
+        for name, adapter in found.items():
             change = adapter.change()
             adapter.base.weight.copy_(adapter.base.weight.to(change.dtype) + change)
-    return unwrap(model)
-
-
-def unwrap(model: nn.Module) -> list[str]:
-    """Takes all adapters away; returns the names of the layers that had them."""
-    found = adapters(model)
-    for name, adapter in found.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapter.base)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, adapter.base)
     return list(found)
 
 
@@ -142,7 +135,7 @@ def _faults(
 
 
 def _things(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of modules and of tensors that are no layer's weight or bias, each with why it takes no adapter, if so."""
+    """Modules with weights, and tensors not called weight or bias; each with why it takes no adapter, if so."""
     taken = tuple(f"{name}." for name in adapters(model))
     for name, part in model.named_modules():
         if taken and name.startswith(taken):
@@ -152,7 +145,7 @@ def _things(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, "has one already"
         elif fused or (name.endswith("out_proj") and _inside_fused(model, name)):
             yield name, "torch's MultiheadAttention reads its fused matrices itself"
-        else:
+        elif any(True for _ in part.parameters()):
             yield name, "" if type(part) is nn.Linear else type(part).__name__
         for own, _ in part.named_parameters(recurse=False):
             if own not in ("weight", "bias"):
@@ -163,22 +156,20 @@ def _inside_fused(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
-def _unused(model: nn.Module) -> list[str]:
-    """Adapted layers of the image encoder that a pass does not call: it may stop before them or read their weights."""
+def _unused(model: nn.Module, chosen: Collection[str]) -> list[str]:
+    """Chosen layers of the image encoder that a pass does not call: it may stop before them or read their weights."""
     encoder = getattr(model, "vision", None)
-    if not isinstance(encoder, ImageEncoder):
+    inside = {model.get_submodule(name): name for name in chosen if name.startswith("vision.")}
+    if not inside or not isinstance(encoder, ImageEncoder):
         return []
-    called: set[str] = set()
-    inside = adapters(encoder)
-    hooks = [
-        encoder.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in inside
-    ]
+    called: set[nn.Module] = set()
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in inside]
     try:
         outline(encoder.backbone, encoder.transform.size)
     finally:
         for hook in hooks:
             hook.remove()
-    idle = [name for name in inside if name not in called]
+    idle = [name for layer, name in inside.items() if layer not in called]
     return [
         f"model.lora: {_kinds(idle)} of the image encoder never run as layers (they come after model.vision.layer, or "
         "the encoder reads their weights itself), so adapters would do nothing there"

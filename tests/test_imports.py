@@ -16,6 +16,7 @@ HEAVY = {
     "timm",
     "open_clip",
     "transformers",
+    "peft",
     "tokenizers",
     "numpy",
     "webdataset",

@@ -33,6 +33,7 @@ from vlm.model import language, vlm
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import Decoder, Language, LearnedPositions
+from vlm.model.lora import Lora, about, add_lora
 from vlm.model.published import load as published
 from vlm.model.published.hub import find
 from vlm.model.qformer import QFormer, TextBranch
@@ -40,6 +41,7 @@ from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
 from vlm.model.vlm import VisionLanguageModel, need
 from vlm.model.weights.files import fingerprint
+from vlm.nn.adapter import adapters
 from vlm.nn.attention import Attention
 from vlm.nn.backend import bfloat16_is_fast
 from vlm.nn.block import PostNorm, PreNorm
@@ -79,6 +81,11 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
         contrast=ContrastiveHead(seen, text_dim, settings.embed_dim, settings.temperature) if heads else None,
         match=MatchingHead(bridge.width) if "itm" in kinds and isinstance(bridge, QFormer) else None,
     )
+
+
+def adapt(run: schema.Run, model: VisionLanguageModel) -> list[str]:
+    """Puts the adapters of `model.lora` into a model that has its starting weights; one line for each kind of layer."""
+    return about(model, add_lora(model, [Lora(**spec.model_dump()) for spec in run.model.lora]))
 
 
 def image_encoder(settings: schema.Vision) -> ImageEncoder:
@@ -277,6 +284,8 @@ def transform(settings: schema.Vision | None, model: VisionLanguageModel, source
         return encoder.transform
     if settings is None:
         raise ValueError(f"{source.folder} holds features of a run's encoder: give the pictures to a published model")
+    if adapters(model.get_submodule("vision")):
+        raise ValueError(f"model.lora: an encoder with adapters cannot learn from {source.folder}")
     if not settings.frozen:
         raise ValueError(f"model.vision.frozen=false: an encoder that learns cannot learn from {source.folder}")
     source.info.refuse_other(feature_info(settings, encoder), source.folder)

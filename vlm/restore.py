@@ -14,6 +14,7 @@ from vlm.config.language import PublishedLanguage
 from vlm.config.load import load
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
+from vlm.model.lora import merge_lora
 from vlm.model.vlm import VisionLanguageModel
 from vlm.nn.ffn import GatedMlp
 from vlm.nn.moe import MixtureOfExperts, upcycle
@@ -68,7 +69,8 @@ def _named(model: schema.Model) -> dict[str, str | None]:
 def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> list[str]:
     """Fills parts from the runs that `model.init` names (relative to `folder` or to the working directory).
 
-    Returns a line for each part: what was taken, what is new here, what was left behind.
+    Adapters of these runs come merged; those of `model.lora` are put in at the end.
+    Returns a line for each part: what was taken, what is new here, what was left behind; then the adapters'.
     """
     lines = []
     for part, source in run.model.init.items():
@@ -78,6 +80,7 @@ def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> lis
         if path is None:
             raise ValueError(f"model.init.{part}: '{source}' is not the folder of a run (it has no {CONFIG})")
         other = restore(path)
+        merge_lora(other.model)
         module, given = getattr(model, part), getattr(other.model, part)
         if module is None or given is None:
             raise ValueError(f"model.init.{part}: {'this model' if module is None else path} has no such part")
@@ -85,7 +88,7 @@ def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> lis
         if isinstance(module, Decoder) and isinstance(given, Decoder):
             weights, line = _upcycled(module, given)
         lines.append(_take(module, weights, part, path) + line)
-    return lines
+    return lines + build.adapt(run, model)
 
 
 def _upcycled(module: Decoder, given: Decoder) -> tuple[dict[str, Tensor], str]:

@@ -1,6 +1,7 @@
 """Patterns to parameter groups: every mistake at once, and nothing changed by a refusal; the schedule by hand."""
 
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -111,6 +112,63 @@ def test_single_vectors_are_not_decayed() -> None:
         "connector.bias": bias,
         "head.weight": (1e-2, 1e-2, 0.3),
     }
+
+
+def adapted() -> nn.Module:
+    """Parts of which one holds adapters, by peft's names."""
+    net = model()
+    half = nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)})
+    query = nn.ModuleDict({"base_layer": nn.Linear(2, 2, bias=False), "lora_A": half, "lora_B": deepcopy(half)})
+    net.add_module("language", nn.ModuleDict({"query": query, "norm": nn.LayerNorm(2)}))
+    return net
+
+
+DOWN, UP = (f"language.query.lora_{half}.default.weight" for half in "AB")
+BASE, GAIN = "language.query.base_layer.weight", "language.norm.weight"
+
+
+@pytest.mark.parametrize("match", [".*", "language.*", ".*weight"])
+def test_a_pattern_that_matches_adapters_means_them_alone(match: str) -> None:
+    net = adapted()
+    decided = assign(net, [Rule(match, 1e-3, 0.1), Rule(".*", None, 0.1)][: 1 + (match != ".*")])
+    assert {name for name in decided if name.startswith("language")} == {DOWN, UP}
+    assert ("head.weight" in decided) == (match != "language.*")
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == set(decided)
+
+
+def test_what_stands_beside_adapters_learns_by_a_pattern_of_its_own() -> None:
+    decided = assign(adapted(), [Rule(r".*norm.*|.*base_layer.*", 1e-4, 0.1), Rule(".*", 1e-3, 0.1)])
+    assert {name: rule.lr for name, rule in decided.items() if name in (BASE, GAIN, DOWN)} == {
+        BASE: 1e-4,
+        GAIN: 1e-4,
+        DOWN: 1e-3,
+    }
+    decided = assign(adapted(), [Rule(r".*lora_.*", 1e-3, 0.1), Rule("language.*", 1e-5, 0.1), Rule(".*", None, 0.1)])
+    assert (decided[DOWN].lr, decided[BASE].lr) == (1e-3, 1e-5)
+
+
+def test_adapters_learn_in_a_frozen_part() -> None:
+    decided = assign(adapted(), [Rule(".*", 1e-3, 0.1)], ["language"])
+    assert {name for name in decided if name.startswith("language")} == {DOWN, UP}
+    decided = assign(adapted(), [Rule("language.*", 1e-3, 0.1), Rule(".*", None, 0.1)], ["language"])
+    assert set(decided) == {DOWN, UP}
+
+
+def test_adapters_that_never_learn() -> None:
+    with pytest.raises(
+        ValueError, match=r"no adapter of model\.lora has a rate; put \{match: '\.\*lora_\.\*', lr: …\}"
+    ):
+        assign(adapted(), [Rule("head.*", 1e-3, 0.1), Rule(".*", None, 0.1)])
+
+
+@pytest.mark.parametrize(("match", "asked"), [(".*", False), (".*lora_[AB].*", True)])
+def test_muon_takes_adapters_only_if_asked(match: str, asked: bool) -> None:
+    net = adapted()
+    decided = assign(net, [Rule(match, 1e-3, 0.1, muon=0.02), Rule(".*", 1e-3, 0.1)][: 1 + asked])
+    groups = make_optimizer(net, decided, (0.9, 0.98)).param_groups
+    found = [group for group in groups if any(p is net.get_parameter(DOWN) for p in group["params"])]
+    assert [group["peak_lr"] for group in found] == [0.02 if asked else 1e-3]
+    assert [group["weight_decay"] for group in found] == [0.1]
 
 
 def test_only_matrices_shrink_without_a_gradient() -> None:

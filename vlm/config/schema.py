@@ -137,6 +137,15 @@ class TextTower(Section):
     dropout: BelowOne = 0.0
 
 
+class Lora(Section):
+    """Adapters of low rank (LoRA, by peft) beside the linear layers whose name matches; the layers are frozen."""
+
+    match: str = Field(description="regular expression on a layer's whole name; the first that matches decides")
+    rank: Positive = 8
+    alpha: float = Field(16.0, gt=0, description="adapters count alpha / rank times")
+    dropout: BelowOne = 0.0
+
+
 class Model(Section):
     """The parts of a vision-language model; a language model on text alone has only `language`."""
 
@@ -150,6 +159,7 @@ class Model(Section):
         default_factory=dict,
         description="parts whose weights come from the folder of another run, or from a published checkpoint",
     )
+    lora: list[Lora] = Field(default_factory=list, description="adapters, which learn in place of what they stand in")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -320,7 +330,9 @@ class Group(Section):
     lr: float | None = Field(gt=0, description="peak learning rate; null freezes")
     weight_decay: float | None = Field(None, ge=0, description="train.weight_decay unless given")
     muon: float | None = Field(
-        None, gt=0, description="rate of Muon for their matrices; the rest learns by AdamW at lr"
+        None,
+        gt=0,
+        description="rate of Muon for their matrices (adapters': if match names lora); the rest by AdamW at lr",
     )
 
 

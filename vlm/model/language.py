@@ -110,8 +110,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*K D"]) -> Float[Tensor, "*K V"]:
         """Next-token logits."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return nn.functional.linear(hidden, weight)
+        if self.head is None:
+            return nn.functional.linear(hidden, self.embedding.weight)
+        out: Tensor = self.head(hidden)
+        return out
 
 
 def decoder(

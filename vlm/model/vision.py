@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm.data.image import ImageTransform
 from vlm.model.weights.files import load_into, read
+from vlm.nn.adapter import train_dropout
 
 ClassToken = Literal["keep", "drop"]
 Resize = Literal["shortest", "squash", "longest"]
@@ -26,7 +27,8 @@ Resize = Literal["shortest", "squash", "longest"]
 class ImageEncoder(nn.Module):
     """A backbone with what its users need to know: `dim`, `tokens`, `transform`.
 
-    Frozen means: evaluation mode for ever, no gradient, no graph, and a dtype of its own if one is given.
+    Frozen means: evaluation mode for ever, no gradient, no graph, and a dtype of its own if one is given. Adapters
+    (`vlm.model.lora`) may learn in it all the same; there is a graph then, and their dropout.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ImageEncoder(nn.Module):
     def train(self, mode: bool = True) -> "ImageEncoder":
         """Stays in evaluation mode when frozen, whatever the model around it does."""
         super().train(mode and not self.frozen)
+        train_dropout(self, mode)
         return self
 
     def recompute(self) -> None:
@@ -74,7 +77,8 @@ class ImageEncoder(nn.Module):
         if not self.frozen:
             out = self.backbone(images)
             return out
-        with torch.no_grad():
+        learns = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             if self.dtype is None:
                 out = self.backbone(images)
                 return out
@@ -84,17 +88,24 @@ class ImageEncoder(nn.Module):
 
 
 def _output_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
-    """(N, C) found by running shapes only: no arithmetic, no assumption on the architecture."""
+    """(N, C), with no assumption on the architecture."""
+    out = outline(backbone, size)
+    return int(out.shape[1]), int(out.shape[2])
+
+
+def outline(backbone: nn.Module, size: tuple[int, int]) -> Float[Tensor, "1 N C"]:
+    """A pass that runs shapes only: no arithmetic."""
     was_training = backbone.training
     backbone.eval()
-    device = next(backbone.parameters()).device
-    if device.type == "meta":
-        out = backbone(torch.empty(1, 3, *size, device="meta"))
+    first = next(backbone.parameters())
+    out: Tensor
+    if first.device.type == "meta":
+        out = backbone(torch.empty(1, 3, *size, device="meta", dtype=first.dtype))
     else:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            out = backbone(torch.empty(1, 3, *size, device=device))
+            out = backbone(torch.empty(1, 3, *size, device=first.device, dtype=first.dtype))
     backbone.train(was_training)
-    return int(out.shape[1]), int(out.shape[2])
+    return out
 
 
 class TimmBackbone(nn.Module):

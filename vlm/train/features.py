@@ -64,7 +64,7 @@ def features(
     model = VisionLanguageModel(build.image_encoder(vision))
     source = run.model.init.get("vision")
     only = {} if source is None else {"vision": source}
-    alone = run.model_copy(update={"model": run.model.model_copy(update={"init": only})})
+    alone = run.model_copy(update={"model": run.model.model_copy(update={"init": only, "lora": []})})
     for line in initialise(model, alone, out):
         note(line)
     maker = _Maker(model.to(best_device()).eval(), run, dtype)
@@ -79,6 +79,8 @@ def _refuse(run: schema.Run) -> None:
     problems = []
     if not vision.frozen:
         problems.append("model.vision.frozen=false: what an encoder gives can be kept only while it stays as it is")
+    if any(spec.match.startswith("vision") for spec in run.model.lora):  # no other pattern reaches a frozen encoder
+        problems.append("model.lora: adapts the encoder: what it gives can be kept only while it stays as it is")
     if vision.source is None and not run.model.init.get("vision"):
         problems.append("model.vision: names no weights, nor does model.init.vision: it would be another next time")
     if run.pairs.augment is not None:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,17 +10,21 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from vlm.nn.adapter import is_adapter
 from vlm.train.muon import Muon, Together
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose whole name matches learn at `lr`; None freezes them. The first rule that matches decides."""
+    """Parameters whose whole name matches learn at `lr`; None freezes them. The first rule that matches decides.
+
+    A rule that decides over adapters (`model.lora`) means them alone: what else it matches in their part is frozen.
+    """
 
     match: str
     lr: float | None
     weight_decay: float
-    muon: float | None = None  # rate of Muon for the matrices and kernels among them
+    muon: float | None = None  # rate of Muon for the matrices and kernels among them; adapters': if `match` names lora
 
 
 @dataclass(frozen=True)
@@ -42,21 +46,19 @@ def assign(model: nn.Module, rules: Sequence[Rule], frozen_parts: Sequence[str] 
     """
     faults = {rule.match: fault for rule in rules if (fault := _fault(rule.match))}
     patterns = [(i, re.compile(rule.match)) for i, rule in enumerate(rules) if rule.match not in faults]
-    asleep = tuple(f"{part}." for part in frozen_parts)
     owner = {
         name: next((i for i, pattern in patterns if pattern.fullmatch(name)), None)
         for name, _ in model.named_parameters()
     }
+    asleep = _asleep(owner, frozen_parts)
     problems = [*faults.values(), *_idle([(i, rules[i]) for i, _ in patterns], owner, asleep)]
     if not faults:  # a pattern that cannot be read may have been meant for what no other matches
         problems += _unmatched(owner, asleep)
     decided = {
-        name: rules[i]
-        for name, i in owner.items()
-        if i is not None and rules[i].lr is not None and not name.startswith(asleep)
+        name: rules[i] for name, i in owner.items() if i is not None and rules[i].lr is not None and name not in asleep
     }
-    if not decided and not problems:
-        problems = ["train.params: every parameter is frozen, so there is nothing to train"]
+    if not problems:
+        problems = _nothing(owner, decided)
     if problems:
         shown = problems[:10] + ([f"… and {len(problems) - 10} more"] if len(problems) > 10 else [])
         raise ValueError("\n".join(shown))
@@ -65,22 +67,46 @@ def assign(model: nn.Module, rules: Sequence[Rule], frozen_parts: Sequence[str] 
     return decided
 
 
-def _unmatched(owner: Mapping[str, int | None], asleep: tuple[str, ...]) -> list[str]:
+def _asleep(owner: Mapping[str, int | None], frozen_parts: Sequence[str]) -> set[str]:
+    """What stays frozen whatever rate a rule gives: frozen parts, and what stands beside the adapters it means."""
+    frozen = tuple(f"{part}." for part in frozen_parts)
+    meant = {(i, _part(name)) for name, i in owner.items() if i is not None and is_adapter(name)}
+    return {
+        name
+        for name, i in owner.items()
+        if not is_adapter(name) and (name.startswith(frozen) or (i, _part(name)) in meant)
+    }
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _nothing(owner: Mapping[str, int | None], decided: Mapping[str, Rule]) -> list[str]:
+    if not decided:
+        return ["train.params: every parameter is frozen, so there is nothing to train"]
+    if any(map(is_adapter, owner)) and not any(map(is_adapter, decided)):
+        remedy = "put {match: '.*lora_.*', lr: …} before what freezes them"
+        return [f"train.params: no adapter of model.lora has a rate; {remedy}"]
+    return []
+
+
+def _unmatched(owner: Mapping[str, int | None], asleep: Collection[str]) -> list[str]:
     return [
         f"train.params: no pattern matches {name}; end the list with {{match: '.*', lr: null}}"
         for name, i in owner.items()
-        if i is None and not name.startswith(asleep)
+        if i is None and name not in asleep
     ]
 
 
-def _idle(rules: Sequence[tuple[int, Rule]], owner: Mapping[str, int | None], asleep: tuple[str, ...]) -> list[str]:
+def _idle(rules: Sequence[tuple[int, Rule]], owner: Mapping[str, int | None], asleep: Collection[str]) -> list[str]:
     """Rules that decide nothing, or that would wake what another setting freezes."""
     problems = []
     for i, rule in rules:
         names = [name for name, chosen in owner.items() if chosen == i]
         if not names:
             problems.append(f"train.params: '{rule.match}' matches no parameter that an earlier pattern left over")
-        elif rule.lr is not None and all(name.startswith(asleep) for name in names):
+        elif rule.lr is not None and all(name in asleep for name in names):
             problems.append(f"train.params: '{rule.match}' gives a rate to parts frozen by their own setting")
     return problems
 
@@ -98,7 +124,7 @@ def table(model: nn.Module, decided: dict[str, Rule]) -> list[Line]:
     lines: dict[tuple[str, str, float | None], list[int]] = {}
     for name, parameter in model.named_parameters():
         rule = decided.get(name)
-        key = (name.split(".")[0], rule.match if rule else "–", rule.lr if rule else None)
+        key = (_part(name), rule.match if rule else "–", rule.lr if rule else None)
         lines.setdefault(key, []).append(parameter.numel())
     return [Line(part, match, lr, len(sizes), sum(sizes)) for (part, match, lr), sizes in lines.items()]
 
@@ -117,7 +143,9 @@ def make_optimizer(
         if rule is None:
             continue
         assert rule.lr is not None
-        if rule.muon is not None and parameter.ndim > 1:
+        asked = rule.muon is not None and (not is_adapter(name) or "lora" in rule.match)
+        if asked and parameter.ndim > 1:
+            assert rule.muon is not None
             muon.setdefault((rule.muon, rule.weight_decay), []).append(parameter)
         else:
             decay = rule.weight_decay if parameter.ndim > 1 else 0.0

@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vlm.data.encode import encode_prompt
 from vlm.data.shards import Sample
-from vlm.data.text import Encoded, Tokenizer, encode_caption, encode_prompt
+from vlm.data.template import Template
+from vlm.data.text import Encoded, Tokenizer, encode_caption
 from vlm.nn.tokens import IGNORE
 
 
@@ -119,7 +121,11 @@ def pad(encoded: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] 
 
 
 def collate(
-    samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens: int, template: str | None, image_tokens: int
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    template: str | Template | None,
+    image_tokens: int,
 ) -> Batch:
     """One batch of all captions of the samples; prompts only with a `template`. Images must be of one size.
 

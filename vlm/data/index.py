@@ -183,7 +183,7 @@ def _read(file: Place, number: int, record: Record, table: _Table, facts: Facts)
             facts.seen.update(group.members.keys())
             fault = record.fault(group)
             if not fault:
-                table.add(number, group.key, group.members)
+                table.add(number, group.key, record.members(group))
             elif len(facts.damage) == damaged:  # else it is cut off: counted once, as the shard
                 facts.count(fault, f"{file}: {group.key!r} ({', '.join(group.members)})")
     if len(facts.damage) > damaged:

@@ -11,6 +11,7 @@ from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
+from vlm.data.talk_batch import Reader
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
 from vlm.model.vlm import VisionLanguageModel
@@ -18,6 +19,7 @@ from vlm.nn.ffn import GatedMlp
 from vlm.nn.moe import MixtureOfExperts, upcycle
 
 TOKENIZER = "tokenizer.json"
+READER = "reader.json"  # the tokenizer of a Q-Former that reads questions
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Trained:
     tokenizer: Tokenizer
     step: int
     folder: Path
+    reads: Reader | None = None  # how its Q-Former reads questions
 
 
 def sourced_parts(run: schema.Run) -> set[str]:
@@ -104,13 +107,14 @@ def restore(folder: Path, device: torch.device | None = None) -> Trained:
     chosen = checkpoint.whole(folder, checkpoint.BEST)
     run = load(schema.Run, folder / CONFIG)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    model = build.model(run, tokenizer)
+    reads = build.reader(run, tokenizer, folder / READER)
+    model = build.model(run, tokenizer, reads)
     initialise(model, run, folder)
     step = checkpoint.load_weights(chosen, model, sourced_parts(run))
     model.eval().requires_grad_(False)
     if device is not None:
         model.to(device)
-    return Trained(run, model, tokenizer, step, folder)
+    return Trained(run, model, tokenizer, step, folder, reads)
 
 
 def relative_init(run: schema.Run, folder: Path) -> schema.Run:

@@ -145,7 +145,7 @@ def collate(
     ids, known = [sample.id for sample in samples], [sample.known.union(sample.captions) for sample in samples]
     return Batch(
         keys=[sample.key for sample in samples],
-        images=torch.stack([sample.pixels for sample in samples]),
+        images=torch.stack([sample.pixels for sample in samples if isinstance(sample.pixels, Tensor)]),
         image_ids=ids,
         owner=torch.tensor(owner),
         strings=strings,

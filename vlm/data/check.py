@@ -15,12 +15,13 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from vlm.data.encode import encode_conversation, encode_prompt
+from vlm.data.encode import encode_prompt
 from vlm.data.fetch import listed
 from vlm.data.image import TRAITS, BadSample, decode, traits
 from vlm.data.record import MAX_BYTES, Record
 from vlm.data.remote import Place, opened
 from vlm.data.talk import Talk
+from vlm.data.talk_batch import TalkForm
 from vlm.data.tar import Group, groups
 from vlm.data.template import Template
 from vlm.data.text import Tokenizer, encode_caption
@@ -32,11 +33,12 @@ _UNCUT = 2**20  # more tokens than MAX_CHARACTERS can make
 
 @dataclass(frozen=True)
 class TextLimit:
-    """The longest text of a run: `max_tokens` with the control tokens, and the words of the template if there is one."""
+    """The longest text of a run: `max_tokens` with the control tokens, and the words of its template."""
 
     tokenizer: Tokenizer
     max_tokens: int
     template: str | Template | None = None
+    talks: TalkForm | None = None  # of conversations
 
     def cuts(self, caption: str) -> bool:
         """Whether the caption loses words in training."""
@@ -47,10 +49,7 @@ class TextLimit:
 
     def cuts_talk(self, talk: Talk) -> bool:
         """The same of a conversation. BadSample when it has no room for any answer."""
-        assert self.template is not None
-        form = Template.of(self.template)
-        kept = encode_conversation(self.tokenizer, form, self.prepared(talk), 0, self.max_tokens)
-        return len(kept.ids) < len(encode_conversation(self.tokenizer, form, self.prepared(talk), 0, _UNCUT).ids)
+        return self.talks is not None and self.talks.cuts(talk)
 
 
 @dataclass(frozen=True)

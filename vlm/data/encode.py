@@ -60,7 +60,9 @@ def encode_prompt(
     form = Template.of(template)
     images = 1 if form.shows_images else 0
     try:
-        filled = encode_conversation(tokenizer, form, ask("", images, "a" if text is None else text), image_tokens, max_tokens)
+        filled = encode_conversation(
+            tokenizer, form, ask("", images, "a" if text is None else text), image_tokens, max_tokens
+        )
     except BadSample:
         start = encode_question(tokenizer, form, ask("", images), image_tokens)
         taken = len(start.ids) - start.images * image_tokens + len(end_ids(tokenizer, form))
@@ -73,7 +75,7 @@ def encode_prompt(
 
 def encode_instruction(tokenizer: Tokenizer, text: str, max_tokens: int) -> Encoded:
     """What a Q-Former reads beside a picture: start, the last words of the text, end; nothing is supervised."""
-    before = [] if tokenizer.bos is None else [tokenizer.bos]
+    before = [piece for piece in tokenizer.literal("{bos}") if isinstance(piece, int)]
     room = max_tokens - len(before) - 1
     ids = tokenizer.encode(text)
     ids = [*before, *ids[max(0, len(ids) - room) :], tokenizer.eos]

@@ -240,7 +240,7 @@ def _key(files: Sequence[Place], record: Record) -> str:
             shards.append([str(file), os.path.abspath(file), stat.st_size, stat.st_mtime_ns])
         else:
             shards.append([str(file), file.tag, file.listed])
-    settings = [_FORMAT, record.images, [suffix for suffix, _ in record.captions]]
+    settings = [_FORMAT, record.kinds, [suffix for suffix, _ in record.captions]]
     return hashlib.sha256(json.dumps([settings, shards]).encode()).hexdigest()[:TAG]
 
 

@@ -40,6 +40,11 @@ class Record:
         """Suffixes such as v2.jpg, of photo.v2.jpg: webdataset takes "photo" for the key, and v2.jpg is no picture."""
         return [suffix for suffix in group.members if "." in suffix and suffix.rpartition(".")[2] in self.columns]
 
+    @property
+    def kinds(self) -> list[str]:
+        """What decides which members are pictures."""
+        return self.images
+
     def members(self, group: Group) -> dict[str, tuple[int, int]]:
         """The members of a sample by the names that the others here go by: their suffixes."""
         return group.members

@@ -144,7 +144,7 @@ def shown(row: Row) -> list[Any]:
     found = next((row[name] for name in ("image", "images") if row.get(name)), None)
     if found is not None:
         return found if isinstance(found, list) else [found]
-    turns = next((row[name] for name in COLUMNS if isinstance(row.get(name), list)), [])
+    turns: list[Any] = next((row[name] for name in COLUMNS if isinstance(row.get(name), list)), [])
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     references = [next((part[name] for name in _REFERENCES if part.get(name)), None) for part in parts]

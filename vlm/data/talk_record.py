@@ -1,4 +1,4 @@
-"""How a conversation is stored in a tar: KEY.json beside KEY.jpg, or beside KEY.0.jpg, KEY.1.jpg, … where it shows several.
+"""A conversation in a tar: KEY.json beside KEY.jpg, or beside KEY.0.jpg, KEY.1.jpg, … where it shows several.
 
 The json holds `conversations` or `messages`; picture n belongs to the n-th place for one in its texts.
 """
@@ -26,6 +26,11 @@ class TalkRecord(Record):
         self._numbered = re.compile(rf"(\d{{1,9}})\.({'|'.join(map(re.escape, self.images))})")
         self.images = [str(number) for number in range(MAX_PICTURES)]
         self.columns = {name: i for i, name in enumerate([*self.images, *self.texts_in])}
+
+    @property
+    def kinds(self) -> list[str]:
+        """What decides which members are pictures."""
+        return ["talks", *self._suffixes]
 
     def fault(self, group: Group) -> str:
         """As of `Record`; a picture is not needed."""

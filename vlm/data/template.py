@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -108,9 +108,7 @@ class Template:
 
     def ask(self, turn: Turn) -> list[Piece]:
         """A question as it stands in the text."""
-        gather = "{image}" in self.user and (
-            turn.images == 1 or not self.interleaved or "{text}" not in self.user
-        )
+        gather = "{image}" in self.user and (turn.images == 1 or not self.interleaved or "{text}" not in self.user)
         pieces: list[Piece] = []
         for part in _FIELDS.split(self.user):
             if part == "{image}":
@@ -187,14 +185,16 @@ _ASSISTANT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-_CHATML = {
-    "user": "<|im_start|>user\n{text}<|im_end|>\n",
-    "answer": "<|im_start|>assistant\n{text}",
-    "start": "",
-    "system": "<|im_start|>system\n{system}<|im_end|>\n",
-    "end": "<|im_end|>",
-    "after": "\n",
-}
+# Qwen; what system text it has differs from model to model.
+_CHATML = Template(
+    user="<|im_start|>user\n{text}<|im_end|>\n",
+    answer="<|im_start|>assistant\n{text}",
+    start="",
+    system="<|im_start|>system\n{system}<|im_end|>\n",
+    default_system="You are a helpful assistant.",
+    end="<|im_end|>",
+    after="\n",
+)
 # Each as its authors' code has it at training time.
 TEMPLATES = {
     # LLaVA and LLaVA-1.5, stage 1; MiniGPT-4, stage 1: the picture, then the caption and a line's end.
@@ -214,11 +214,8 @@ TEMPLATES = {
         system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
         end="<|eot_id|>",
     ),
-    # Qwen; what system text it has differs from model to model.
-    "chatml": Template(**_CHATML, default_system="You are a helpful assistant."),
-    "smollm2": Template(
-        **_CHATML, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    ),
+    "chatml": _CHATML,
+    "smollm2": replace(_CHATML, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
     # BLIP-2 before OPT: the start stands after the picture, and a line's end is what ends an answer.
     "blip2": Template(user="{image}{bos}", answer="a photo of {text}", start="", system="", end="\n"),
     "blip2_question": Template(

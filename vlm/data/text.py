@@ -82,7 +82,7 @@ class Tokenizer:
 
         A start that the vocabulary does not have is left out.
         """
-        own = {"{bos}": self.bos, "{eos}": self.eos, **self._named}
+        own: dict[str, int | None] = {"{bos}": self.bos, "{eos}": self.eos, **self._named}
         pieces = self._marks.split(text)
         found = [own[piece] if number % 2 else piece for number, piece in enumerate(pieces)]
         return [piece for piece in found if piece != "" and piece is not None]

@@ -156,6 +156,6 @@ class Made:
         for i, caption in enumerate(captions):
             pixels = self.model.vision.transform.pixels(decode(self.shards.raw(i).image))
             samples.append(Sample(str(i), str(i), pixels, [caption]))
-        template = self.run.data.prompt if self.run.model.language is not None else None
+        template = build.caption_template(self.run)
         made = collate(samples, self.tokenizer, self.run.data.max_tokens, template, self.model.image_tokens)
         return replace(made, images=self.model.vision.transform.normalize(made.images))

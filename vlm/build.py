@@ -20,6 +20,7 @@ from vlm.config.language import (
     TransformerLanguage,
 )
 from vlm.config.language import Language as LanguageSettings
+from vlm.config.pictures import MixedSource, OwnTemplate, PictureData
 from vlm.data.augment import Augment
 from vlm.data.cache import Cache, default_folder
 from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
@@ -28,6 +29,8 @@ from vlm.data.loader import Loader
 from vlm.data.mixture import Mixture
 from vlm.data.pictures import Pictures
 from vlm.data.sources import open_pictures
+from vlm.data.talk_batch import Reader, TalkForm
+from vlm.data.template import Template
 from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from vlm.model import language, vlm
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
@@ -54,11 +57,14 @@ from vlm.nn.retention import Decay, Retention
 from vlm.nn.rotary import Rotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Spec = str | list[str] | list[schema.MixedSource]
+Spec = str | list[str] | list[MixedSource]
 
 
-def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
-    """The model of a run with its own initialisation; the seed is set first, so equal settings give equal weights."""
+def model(run: schema.Run, tokenizer: Tokenizer, reads: Reader | None = None) -> VisionLanguageModel:
+    """The model of a run with its own initialisation; the seed is set first, so equal settings give equal weights.
+
+    `reads`: how its Q-Former reads questions, as of `reader` unless given.
+    """
     settings = run.model
     torch.manual_seed(run.train.seed)
     if settings.vision is None or settings.connector is None:
@@ -66,10 +72,12 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
         return VisionLanguageModel(language=language_model(settings.language, tokenizer.size))
     vision = image_encoder(settings.vision)
     kinds = {loss.kind for loss in run.losses}
-    longest = run.pairs.max_tokens
+    longest = run.pictures.max_tokens
+    reads = reader(run, tokenizer) if reads is None else reads
     text = None if settings.text is None else text_encoder(settings.text, tokenizer.size, longest)
-    reader = None if settings.language is None else language_model(settings.language, tokenizer.size)
-    bridge = connector(settings.connector, vision, reader, tokenizer.size, longest)
+    writer = None if settings.language is None else language_model(settings.language, tokenizer.size)
+    words = (tokenizer.size, longest) if reads is None else (reads.tokenizer.size, reads.max_tokens)
+    bridge = connector(settings.connector, vision, writer, *words)
     heads = "itc" in kinds or "itm" in kinds
     text_dim = text.dim if text is not None else bridge.width if isinstance(bridge, QFormer) else 0
     seen = bridge.dim
@@ -77,7 +85,7 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
         vision=vision,
         connector=bridge,
         text=text,
-        language=reader,
+        language=writer,
         contrast=ContrastiveHead(seen, text_dim, settings.embed_dim, settings.temperature) if heads else None,
         match=MatchingHead(bridge.width) if "itm" in kinds and isinstance(bridge, QFormer) else None,
     )
@@ -265,6 +273,50 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
             assert_never(settings)
 
 
+def reader(run: schema.Run, tokens: Tokenizer, kept: Path | None = None) -> Reader | None:
+    """How the Q-Former reads questions; None where it reads none. `kept`: a copy of its tokenizer, if there is one."""
+    settings = run.data.instruction if isinstance(run.data, schema.ChatData) else None
+    if settings is None:
+        return None
+    if settings.tokenizer is not None:
+        tokens = load_tokenizer(kept) if kept is not None and kept.exists() else tokenizer(settings.tokenizer, ())
+    return Reader(tokens, settings.max_tokens)
+
+
+def template(settings: str | OwnTemplate) -> Template:
+    """A published template, that of a line, or one of the user's own. ValueError: what no template can be."""
+    if isinstance(settings, str):
+        return Template.of(settings)
+    return Template(**settings.model_dump() | {"stop": tuple(settings.stop)})
+
+
+def talk_form(
+    run: schema.Run,
+    tokens: Tokenizer,
+    image_tokens: int,
+    reply_start: int | None = None,
+    reads: Reader | None = None,
+) -> TalkForm | None:
+    """How conversations become text; None for a run on captions. `reads`: as of `reader` unless given.
+
+    `image_tokens`, `reply_start`: of the model.
+    """
+    data = run.data
+    if not isinstance(data, schema.ChatData):
+        return None
+    return TalkForm(
+        tokens,
+        template(data.template),
+        image_tokens,
+        data.max_tokens,
+        data.turns,
+        data.system,
+        tuple(data.questions),
+        reader(run, tokens) if reads is None else reads,
+        reply_start,
+    )
+
+
 def feature_info(settings: schema.Vision, encoder: vlm.ImageEncoder, dtype: FeatureDtype = "float32") -> FeatureInfo:
     """What features of an encoder are, and what they come from."""
     tokens, dim, shown = encoder.tokens, encoder.dim, repr(encoder.transform)
@@ -292,20 +344,23 @@ def transform(settings: schema.Vision | None, model: VisionLanguageModel, source
     return source.info
 
 
-def shards(settings: schema.PairData, spec: Spec) -> Pictures:
+def shards(settings: PictureData, spec: Spec) -> Pictures:
     """An index over tar shards of pictures or features, over what else `spec` names, or over a mixture of sources."""
-    if isinstance(spec, list) and (mixed := [part for part in spec if isinstance(part, schema.MixedSource)]):
+    if isinstance(spec, list) and (mixed := [part for part in spec if isinstance(part, MixedSource)]):
         return _mixture(settings, mixed)
     names = spec if isinstance(spec, str) else [name for name in spec if isinstance(name, str)]
     cache = shard_cache(settings)
+    talks = isinstance(settings, schema.ChatData)
     if (features := open_features(names, settings.max_bad_fraction, cache)) is not None:
+        if talks:
+            raise ValueError(f"{features.folder}: holds features, which data.kind=chats does not take; name pictures")
         return features
     return open_pictures(
-        names, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction, cache
+        names, settings.image, settings.caption, settings.id, settings.images, settings.max_bad_fraction, cache, talks
     )
 
 
-def _mixture(settings: schema.PairData, parts: list[schema.MixedSource]) -> Mixture:
+def _mixture(settings: PictureData, parts: list[MixedSource]) -> Mixture:
     sources, problems = list[Pictures](), list[str]()
     for number, part in enumerate(parts):
         own = part.model_dump(include={"images", "image", "caption", "id"}, exclude_none=True)
@@ -323,7 +378,7 @@ def _mixture(settings: schema.PairData, parts: list[schema.MixedSource]) -> Mixt
     return Mixture(sources, names, [part.weight for part in parts], settings.max_bad_fraction)
 
 
-def shard_cache(settings: schema.PairData) -> Cache:
+def shard_cache(settings: PictureData) -> Cache:
     """Where shards by address and indices are kept."""
     folder = settings.shard_cache
     return Cache(default_folder() if folder is None else Path(folder).expanduser(), settings.shard_cache_gb)
@@ -341,7 +396,7 @@ def training_loader(
 
     `image_tokens`, `reply_start`: of the model.
     """
-    data = run.pairs
+    data = run.pictures
     if isinstance(source, FeatureShards) and data.augment is not None:
         raise ValueError(
             f"data.augment: it changes pictures, and {source.folder} holds what an encoder made of them; "
@@ -349,33 +404,42 @@ def training_loader(
         )
     if isinstance(transform, ImageTransform):
         transform = replace(transform, scaled=data.scaled_decode)
+    pairs = data if isinstance(data, schema.PairData) else None
     return Loader(
         source,
         transform,
         tokens,
         run.train.batch_size,
         max_tokens=data.max_tokens,
-        template=data.prompt if run.model.language is not None else None,
+        template=caption_template(run),
         image_tokens=image_tokens,
         reply_start=reply_start,
-        captions_per_image=data.captions_per_image,
-        keep_first=data.keep_first_caption,
+        captions_per_image=1 if pairs is None else pairs.captions_per_image,
+        keep_first=pairs is not None and pairs.keep_first_caption,
         augment=None if data.augment is None else Augment(**data.augment.model_dump()),
         seed=run.train.seed,
         workers=data.workers,
         cache_mb=data.cache_mb,
         window=data.shuffle_window,
+        talks=talk_form(run, tokens, image_tokens, reply_start),
     )
 
 
+def caption_template(run: schema.Run) -> Template | None:
+    """How a caption stands in the language model's text; None without one, and for conversations."""
+    data = run.data
+    return template(data.template) if run.model.language is not None and isinstance(data, schema.PairData) else None
+
+
 def evaluation_loader(
-    data: schema.PairData,
+    data: schema.PairData | schema.ChatData,
     source: Pictures,
     transform: Transform,
     tokens: Tokenizer,
     batch_size: int,
     image_tokens: int = 0,
     reply_start: int | None = None,
+    talks: TalkForm | None = None,
 ) -> Loader:
     """Every sample once, as it is, with all its captions; `image_tokens` and `reply_start` are the model's."""
     return Loader(
@@ -384,11 +448,12 @@ def evaluation_loader(
         tokens,
         batch_size,
         max_tokens=data.max_tokens,
-        template=data.prompt if image_tokens else None,
+        template=template(data.template) if image_tokens and isinstance(data, schema.PairData) else None,
         image_tokens=image_tokens,
         reply_start=reply_start,
         captions_per_image=0,
         shuffle=False,
+        talks=talks,
     )
 
 

@@ -47,6 +47,7 @@ def shards() -> None:
 @click.option(
     "--max-bad-fraction", type=click.FloatRange(0, 1), help="Stop above it; 0.05 of 100 and more if not given."
 )
+@click.option("--talks", is_flag=True, help="SOURCE is tars of conversations; in JSON and tables they are recognised.")
 @click.option("--overwrite", is_flag=True, help="Replace the shards that OUT holds.")
 @click.option("--json", is_flag=True, help="Print JSON.")
 @pipe_option
@@ -65,6 +66,7 @@ def write(
     no_check: bool,
     workers: int,
     max_bad_fraction: float | None,
+    talks: bool,
     overwrite: bool,
     json: bool,
 ) -> None:
@@ -72,7 +74,8 @@ def write(
 
     SOURCE is a folder of pictures with .txt beside them, a table (CSV, TSV, JSON lines, Parquet), COCO captions,
     Karpathy's JSON, Flickr30k's token file, LLaVA's conversations, or tar shards; its layout is recognised and printed.
-    A sample is written as its picture, its captions (txt) and the source's further fields (json), nothing else.
+    A sample is written as its picture, its captions (txt) and the source's further fields (json), nothing else; a
+    conversation as its pictures KEY.0.jpg, KEY.1.jpg, … (KEY.jpg where it shows one) and KEY.json, which holds it.
     """
     from vlm.data.pictures import PICTURES
     from vlm.data.write import Recipe
@@ -90,6 +93,7 @@ def write(
         max_bad_fraction=max_bad_fraction,
         overwrite=overwrite,
         json=json,
+        talks=talks or None,
     )
 
 
@@ -115,13 +119,14 @@ def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, wo
 
 @shards.command("check")
 @click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
-@click.option("--config", type=folder, help="A config or run folder: its suffixes, prompt, tokenizer and limits.")
+@click.option("--config", type=folder, help="A config or run folder: its suffixes, template, tokenizer and limits.")
 @click.option("--image", help="Suffixes of the pictures, such as jpg;png.")
 @click.option("--caption", help="Where the captions stand, such as json:caption.")
 @click.option("--min-side", type=click.IntRange(1), default=1, help="Shortest side of a picture, in pixels.")
 @click.option("--tokenizer", type=folder, help="A tokenizer.json; counts captions longer than --max-tokens.")
 @click.option("--max-tokens", type=click.IntRange(3), help="Longest text, with its start and end.")
 @click.option("--max-bad-fraction", type=click.FloatRange(0, 1), help="Exit with 1 above this share; as in training.")
+@click.option("--talks", is_flag=True, help="Conversations, as with data.kind=chats of a config.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes beside this one.")
 @click.option("--json", is_flag=True, help="Print JSON.")
 @pipe_option

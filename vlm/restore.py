@@ -12,6 +12,7 @@ from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.language import PublishedLanguage
 from vlm.config.load import load
+from vlm.data.talk_batch import Reader
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
 from vlm.model.lora import merge_lora
@@ -20,6 +21,7 @@ from vlm.nn.ffn import GatedMlp
 from vlm.nn.moe import MixtureOfExperts, upcycle
 
 TOKENIZER = "tokenizer.json"
+READER = "reader.json"  # the tokenizer of a Q-Former that reads questions
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ class Trained:
     tokenizer: Tokenizer
     step: int
     name: str
+    reads: Reader | None = None  # how its Q-Former reads questions
 
     @property
-    def data(self) -> schema.PairData:
+    def data(self) -> schema.PairData | schema.ChatData:
         """How pictures and texts reach it. Errors: it was trained on text alone."""
-        return self.run.pairs
+        return self.run.pictures
 
     @property
     def vision(self) -> schema.Vision | None:
@@ -134,13 +137,14 @@ def restore(folder: Path, device: torch.device | None = None) -> Trained:
     chosen = checkpoint.whole(folder, checkpoint.BEST)
     run = load(schema.Run, folder / CONFIG)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    model = build.model(run, tokenizer)
+    reads = build.reader(run, tokenizer, folder / READER)
+    model = build.model(run, tokenizer, reads)
     initialise(model, run, folder)
     step = checkpoint.load_weights(chosen, model, sourced_parts(run))
     model.eval().requires_grad_(False)
     if device is not None:
         model.to(device)
-    return Trained(run, model, tokenizer, step, str(folder))
+    return Trained(run, model, tokenizer, step, str(folder), reads)
 
 
 def open_model(name: str, device: torch.device | None = None) -> Trained:

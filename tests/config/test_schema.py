@@ -7,7 +7,8 @@ import pytest
 
 from tests.tiny import LANGUAGE, QFORMER, TEXT, settings, write_config
 from vlm.config.load import ConfigError, dump, load
-from vlm.config.schema import MixedSource, Run
+from vlm.config.pictures import MixedSource
+from vlm.config.schema import Run
 
 SILENT = {**QFORMER, "text": False}
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from vlm.data.encode import encode_prompt
 from vlm.data.text import (
     Tokenizer,
     clip_tokenizer,
     encode_caption,
-    encode_prompt,
     load_tokenizer,
     train_bpe,
 )

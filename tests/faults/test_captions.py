@@ -12,10 +12,11 @@ import pytest
 from tests.faults.made import counted, encoded, good, tar, trained
 from vlm.data.captions import MAX_CHARACTERS
 from vlm.data.check import Patience, TextLimit
+from vlm.data.encode import encode_prompt
 from vlm.data.image import BadSample
 from vlm.data.record import Record
 from vlm.data.shards import Shards
-from vlm.data.text import Tokenizer, encode_prompt, train_bpe
+from vlm.data.text import Tokenizer, train_bpe
 from vlm.nn.tokens import IMAGE_ID
 
 CAPTIONS = int(os.environ.get("VLM_TEST_CAPTIONS", "5000"))

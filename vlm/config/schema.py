@@ -7,9 +7,10 @@ is derived in `vlm.build` and has no setting.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from vlm.config.language import Language
+from vlm.config.pictures import PictureData, Template
 from vlm.config.section import BelowOne, Fraction, Positive, Section, nothing_said, usually
 
 Dtype = Literal["float32", "bfloat16"]
@@ -196,79 +197,37 @@ class BpeTokenizer(Section):
 Tokenizer = Annotated[FileTokenizer | PublishedTokenizer | ClipTokenizer | BpeTokenizer, Field(discriminator="kind")]
 
 
-class Augment(Section):
-    """Random changes of a training picture; every field is a strength, 0 is off."""
+class Instruction(Section):
+    """What a Q-Former reads beside a picture: the last words of the question about it."""
 
-    scale: tuple[float, float] = Field((1.0, 1.0), description="area cut out; above 1 the picture shrinks onto white")
-    ratio: float = Field(0.0, ge=0, description="proportions of the cut, up to 1 + this")
-    flip: bool = Field(False, description="off by default: captions may say left and right")
-    rotate: float = Field(0.0, ge=0, description="degrees, either way")
-    shift: float = Field(0.0, ge=0, description="share of the side, either way")
-    brightness: float = Field(0.0, ge=0, description="factor 1 ± this; so are contrast and saturation")
-    contrast: float = Field(0.0, ge=0)
-    saturation: float = Field(0.0, ge=0)
-    hue: float = Field(0.0, ge=0, le=0.5, description="turns, either way")
-    mix: float = Field(0.0, ge=0, description="how much the colour channels leak into each other")
-    grey: Fraction = Field(0.0, description="probability; so are invert and erase")
-    invert: Fraction = 0.0
-    erase: Fraction = 0.0
-    erase_area: tuple[Fraction, Fraction] = Field((0.02, 0.2), description="of the picture, in one random colour")
+    tokenizer: Tokenizer | None = Field(None, description="its own vocabulary; that of the run unless given")
+    max_tokens: Annotated[int, Field(ge=3)] = Field(128, description="of the question, with its start and end")
 
 
-class MixedSource(Section):
-    """One source of a mixture; what is not given is as in `data`."""
-
-    source: str | list[str] = Field(description="as data.train of one source")
-    weight: float = Field(1.0, gt=0, description="its share of the samples, beside the other weights")
-    images: str | None = None
-    image: str | None = None
-    caption: str | None = None
-    id: str | None = None
-
-
-def _form(value: Any) -> str:
-    mixed = isinstance(value, list) and any(isinstance(item, dict | MixedSource) for item in value)
-    return "mixture" if mixed else "one"
-
-
-class PairData(Section):
+class PairData(PictureData):
     """Pictures with captions: where they come from and what is made of them."""
 
     kind: Literal["pairs"] = "pairs"
-    train: Annotated[
-        Annotated[str | list[str], Tag("one")] | Annotated[list[MixedSource], Tag("mixture")], Discriminator(_form)
-    ] = Field(
-        description="shards: a folder, a glob, braces {000..009}, or a list of these; or a folder of pictures and "
-        ".txt, a table (CSV, TSV, JSON lines, Parquet), COCO, Karpathy (file.json#split) or LLaVA JSON; tars also by "
-        "address: https://…/{000..099}.tar, s3://…; or a mixture: a list of {source: …, weight: …}"
-    )
-    val: str | list[str] | None = None
-    images: str | None = Field(None, description="folder that a table's paths are relative to; its own unless given")
-    image: str = Field("jpg;png;jpeg;webp", description="suffixes of the image, or a table's column; first found wins")
-    caption: str = Field(
-        "txt;json:caption", description="txt (one caption a line) or json:FIELD (also a column), first found wins"
-    )
-    id: str | None = Field(
-        None, description="json field or column that says which samples show the same thing; the key unless given"
-    )
-    prompt: str = Field("{image}{text}", description="how image and caption stand in the language model's text")
+    template: Template = Field("{image}{text}", description="how image and caption stand in the language model's text")
     max_tokens: Positive = Field(32, description="longest text; captions are cut, image tokens never")
-    shuffle_window: Positive = Field(
-        100_000, description="samples of training that are mixed at a time, at least a shard; little else is read then"
-    )
     captions_per_image: Positive = Field(1, description="drawn anew for each sample of a batch")
     keep_first_caption: bool = Field(False, description="the first caption is always among those drawn")
-    augment: Augment | None = None
-    scaled_decode: bool = Field(
-        False, description="large JPEGs of training decoded at 1/2 to 1/8 of their size: faster, and a little different"
+
+
+class ChatData(PictureData):
+    """Conversations about any number of pictures each: LLaVA's records and chat messages, or captions as answers."""
+
+    kind: Literal["chats"]
+    template: Template = Field(description="how a conversation stands in the language model's text")
+    max_tokens: Positive = Field(
+        2048, description="longest text, images not counted: the last answer is cut, what follows left out"
     )
-    workers: Annotated[int, Field(ge=0)] = 0
-    cache_mb: Annotated[int, Field(ge=0)] = Field(0, description="memory for decoded images; uncut where augment cuts")
-    shard_cache: str | None = Field(
-        None, description="folder of downloaded shards and of indices; $VLM_CACHE or ~/.cache/vlm/shards unless given"
+    turns: Positive | None = Field(None, description="at most so many answers of a conversation; all unless given")
+    system: str | None = Field(None, description="of conversations without one; the template's own unless given")
+    questions: list[str] = Field(
+        default_factory=list, description="asked about pictures that have captions, one drawn for each sample"
     )
-    shard_cache_gb: float = Field(100.0, gt=0, description="its bound in GiB; what was not used for longest goes first")
-    max_bad_fraction: Fraction = Field(0.05, description="stop when more of the samples than this are unusable")
+    instruction: Instruction | None = Field(None, description="the question goes to the Q-Former too (InstructBLIP)")
 
 
 class TextData(Section):
@@ -284,7 +243,7 @@ class TextData(Section):
     max_bad_fraction: Fraction = Field(0.05, description="stop when more of the documents than this are unusable")
 
 
-Data = Annotated[PairData | TextData, Field(discriminator="kind"), usually("pairs")]
+Data = Annotated[PairData | ChatData | TextData, Field(discriminator="kind"), usually("pairs")]
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -385,10 +344,16 @@ class Run(Section):
 
     @property
     def pairs(self) -> PairData:
-        """The data of a run on pictures. Errors: a run on text alone."""
+        """The data of a run on pictures with captions. Errors: another run."""
         if not isinstance(self.data, PairData):
-            raise ValueError(f"data.kind={self.data.kind}: this run has no pictures")
+            what = "no pictures" if isinstance(self.data, TextData) else "conversations in place of captions"
+            raise ValueError(f"data.kind={self.data.kind}: this run has {what}")
         return self.data
+
+    @property
+    def pictures(self) -> PairData | ChatData:
+        """The data of a run on pictures. Errors: a run on text alone."""
+        return self.data if isinstance(self.data, ChatData) else self.pairs
 
     @model_validator(mode="after")
     def _parts_fit_losses(self) -> "Run":
@@ -401,7 +366,11 @@ class Run(Section):
 def _misfits(run: Run) -> list[str]:
     kinds = [loss.kind for loss in run.losses]
     problems = [f"losses: {kind} stands there twice" for kind in sorted(set(kinds)) if kinds.count(kind) > 1]
-    problems += _text_misfits(run) if isinstance(run.data, TextData) else _pair_misfits(run.model, kinds)
+    if isinstance(run.data, TextData):
+        problems += _text_misfits(run)
+    else:
+        problems += _pair_misfits(run.model, kinds, run.data.kind)
+    problems += _chat_misfits(run, run.data) if isinstance(run.data, ChatData) else []
     if run.train.accumulate == 1 and any(isinstance(loss, ItcLoss) and loss.over == "step" for loss in run.losses):
         problems.append("losses: itc over=step: a step is one pass with train.accumulate=1; raise that, or leave over")
     if run.train.warmup >= run.train.steps:
@@ -424,11 +393,21 @@ def _text_misfits(run: Run) -> list[str]:
     return problems
 
 
-def _pair_misfits(model: Model, kinds: Sequence[str]) -> list[str]:
+def _chat_misfits(run: Run, data: ChatData) -> list[str]:
+    connector = run.model.connector
+    problems = [f"losses: {loss.kind} is for data.kind=pairs" for loss in run.losses if loss.kind != "lm"]
+    if run.model.language is None:
+        problems.append("model.language: not set, and it is what learns from data.kind=chats")
+    if data.instruction is not None and not (isinstance(connector, QFormerConnector) and connector.text):
+        problems.append("data.instruction: only model.connector.kind=qformer with text=true reads one")
+    return problems
+
+
+def _pair_misfits(model: Model, kinds: Sequence[str], data: str) -> list[str]:
     qformer = model.connector if isinstance(model.connector, QFormerConnector) else None
     reads = qformer is not None and qformer.text
     problems = [
-        f"model.{name}: not set, and data.kind=pairs has pictures"
+        f"model.{name}: not set, and data.kind={data} has pictures"
         for name, part in (("vision", model.vision), ("connector", model.connector))
         if part is None
     ]

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vlm.data.encode import encode_prompt
 from vlm.data.reply import apart
 from vlm.data.shards import Sample
-from vlm.data.text import Encoded, Tokenizer, encode_caption, encode_prompt
+from vlm.data.template import Template
+from vlm.data.text import Encoded, Tokenizer, encode_caption
 from vlm.nn.tokens import IGNORE
 
 
@@ -126,7 +128,7 @@ def collate(
     samples: Sequence[Sample],
     tokenizer: Tokenizer,
     max_tokens: int,
-    template: str | None,
+    template: str | Template | None,
     image_tokens: int,
     reply_start: int | None = None,
 ) -> Batch:
@@ -151,7 +153,7 @@ def collate(
     ids, known = [sample.id for sample in samples], [sample.known.union(sample.captions) for sample in samples]
     return Batch(
         keys=[sample.key for sample in samples],
-        images=torch.stack([sample.pixels for sample in samples]),
+        images=torch.stack([sample.pixels for sample in samples if isinstance(sample.pixels, Tensor)]),
         image_ids=ids,
         owner=torch.tensor(owner),
         strings=strings,

@@ -15,12 +15,16 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from vlm.data.encode import encode_prompt
 from vlm.data.fetch import listed
 from vlm.data.image import TRAITS, BadSample, decode, traits
 from vlm.data.record import MAX_BYTES, Record
 from vlm.data.remote import Place, opened
+from vlm.data.talk import Talk
+from vlm.data.talk_batch import TalkForm
 from vlm.data.tar import Group, groups
-from vlm.data.text import Tokenizer, encode_caption, encode_prompt
+from vlm.data.template import Template
+from vlm.data.text import Tokenizer, encode_caption
 
 _MORE = ("caption cut", "dotted name")  # notes of a sample beside the traits of its picture
 NOTES = (*TRAITS, *_MORE)
@@ -29,11 +33,12 @@ _UNCUT = 2**20  # more tokens than MAX_CHARACTERS can make
 
 @dataclass(frozen=True)
 class TextLimit:
-    """The longest text of a run: `max_tokens` with the control tokens, and the words of the prompt if there is one."""
+    """The longest text of a run: `max_tokens` with the control tokens, and the words of its template."""
 
     tokenizer: Tokenizer
     max_tokens: int
-    template: str | None = None
+    template: str | Template | None = None
+    talks: TalkForm | None = None  # of conversations
 
     def cuts(self, caption: str) -> bool:
         """Whether the caption loses words in training."""
@@ -41,6 +46,10 @@ class TextLimit:
         if self.template is not None:
             whole = max(whole, len(encode_prompt(self.tokenizer, self.template, caption, 0, _UNCUT).ids))
         return whole > self.max_tokens
+
+    def cuts_talk(self, talk: Talk) -> bool:
+        """The same of a conversation. BadSample when it has no room for any answer."""
+        return self.talks is not None and self.talks.cuts(talk)
 
 
 @dataclass(frozen=True)
@@ -169,24 +178,28 @@ def _changed(file: Place) -> str:
 
 def _sample(handle: BinaryIO, group: Group, record: Record, patience: Patience) -> tuple[str, list[str], int]:
     """The reason it cannot be used or "", notes, the hash of its picture (0 without one)."""
-    suffix, picture = record.image(group.members), 0
+    members, picture = record.members(group), 0
+    names = record.pictures(members)
     try:
-        data = {
-            name: _read(handle, *group.members[name]) for name in [suffix, *record.texts_in] if name in group.members
-        }
-        picture = _hash(data[suffix])
+        data = {name: _read(handle, *members[name]) for name in [*names, *record.texts_in] if name in members}
+        picture = _hash(b"".join(data[name] for name in names)) if names else 0
         fields = record.fields(data)
         record.id(group.key, fields)
-        captions = record.texts(data, fields)
-        image = decode(data[suffix], patience.max_pixels)
-        if min(image.size) < patience.min_side:
-            raise BadSample("too small", f"{image.width} x {image.height}")
+        talk = record.talk(fields, len(names))
+        captions = record.texts(data, fields) if talk is None else []
+        for name in names:
+            image = decode(data[name], patience.max_pixels)
+            if min(image.size) < patience.min_side:
+                raise BadSample("too small", f"{image.width} x {image.height}")
+        cut = patience.text is not None and _cut(patience.text, talk, captions)
     except BadSample as bad:
         return bad.reason, [], picture
-    notes = traits(data[suffix])
-    if patience.text is not None and any(map(patience.text.cuts, captions)):
-        notes.append("caption cut")
-    return "", notes, picture
+    found = {trait for name in names for trait in traits(data[name])}
+    return "", [*(trait for trait in TRAITS if trait in found), *["caption cut"] * cut], picture
+
+
+def _cut(limit: TextLimit, talk: Talk | None, captions: Sequence[str]) -> bool:
+    return any(map(limit.cuts, captions)) if talk is None else limit.cuts_talk(talk)
 
 
 def _read(handle: BinaryIO, offset: int, size: int) -> bytes:

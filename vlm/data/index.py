@@ -183,7 +183,7 @@ def _read(file: Place, number: int, record: Record, table: _Table, facts: Facts)
             facts.seen.update(group.members.keys())
             fault = record.fault(group)
             if not fault:
-                table.add(number, group.key, group.members)
+                table.add(number, group.key, record.members(group))
             elif len(facts.damage) == damaged:  # else it is cut off: counted once, as the shard
                 facts.count(fault, f"{file}: {group.key!r} ({', '.join(group.members)})")
     if len(facts.damage) > damaged:
@@ -240,7 +240,7 @@ def _key(files: Sequence[Place], record: Record) -> str:
             shards.append([str(file), os.path.abspath(file), stat.st_size, stat.st_mtime_ns])
         else:
             shards.append([str(file), file.tag, file.listed])
-    settings = [_FORMAT, record.images, [suffix for suffix, _ in record.captions]]
+    settings = [_FORMAT, record.kinds, [suffix for suffix, _ in record.captions]]
     return hashlib.sha256(json.dumps([settings, shards]).encode()).hexdigest()[:TAG]
 
 

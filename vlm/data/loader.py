@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.augment import Augment, Cut
@@ -22,7 +23,9 @@ from vlm.data.image import BadSample, ImageTransform
 from vlm.data.mixture import Mixture
 from vlm.data.pictures import Pictures
 from vlm.data.plan import AUGMENT, SAMPLE, WINDOW, Order, Plan, randomness
-from vlm.data.shards import Sample, check_bad
+from vlm.data.shards import RawSample, Sample, check_bad
+from vlm.data.talk_batch import TalkForm, collate_talks
+from vlm.data.template import Template
 from vlm.data.text import Tokenizer
 
 MAX_TRIES = 100  # replacements in a row for one bad sample
@@ -62,6 +65,7 @@ class Loader:
     `template`, `image_tokens`, `reply_start`: as of `collate`.
     `captions_per_image`: captions drawn per sample in training, the first ones in evaluation; 0: all of them.
     `keep_first`: the first caption of a sample is always among those drawn.
+    `talks`: conversations, and how they become text; then no caption is drawn, and `template` is not used.
     `window`: samples that are mixed in training, see `Order`; not `shuffle`: in the order of the shards.
     `cache_mb`: memory for decoded pictures, shared out among `workers`; what does not fit is decoded anew each time.
     They are kept as they are before anything random: at the encoder's size, or whole where parts of them are cut.
@@ -76,7 +80,7 @@ class Loader:
         batch_size: int,
         *,
         max_tokens: int,
-        template: str | None,
+        template: str | Template | None,
         image_tokens: int,
         reply_start: int | None = None,
         captions_per_image: int = 1,
@@ -87,6 +91,7 @@ class Loader:
         cache_mb: int = 0,
         shuffle: bool = True,
         window: int = WINDOW,
+        talks: TalkForm | None = None,
     ) -> None:
         """Nothing is read before the first batch."""
         numbers = {"captions_per_image": captions_per_image, "workers": workers, "cache_mb": cache_mb}
@@ -103,7 +108,7 @@ class Loader:
         self.seed, self.cut, self.augment = seed, None, augment
         if augment is not None and isinstance(transform, ImageTransform):
             self.cut, self.augment = augment.split(transform)
-        self.workers, self.shuffle = workers, shuffle
+        self.workers, self.shuffle, self.talks = workers, shuffle, talks
         self.steps_per_epoch = -(-len(shards) // batch_size)
         self._plan: Plan = (
             shards.plan(seed, window)
@@ -183,10 +188,15 @@ class Loader:
         found = [sample for index in indices if (sample := self._sample(index, bad)) is not None]
         if not found:
             return _Work(None, bad, len(indices))
+        if self.talks is not None:
+            return _Work(self._collate([self.talks.drawn(sample, None) for sample in found]), bad, len(indices))
         batch = self._collate([replace(sample, captions=sample.captions[: count or None]) for sample in found])
         return _Work(batch, bad, len(indices))
 
     def _collate(self, samples: list[Sample]) -> Batch:
+        if self.talks is not None:
+            assert isinstance(self.transform, ImageTransform)
+            return collate_talks(samples, self.talks, self.transform.size)
         wanted = self.max_tokens, self.template, self.image_tokens, self.reply_start
         return collate(samples, self.tokenizer, *wanted)
 
@@ -197,12 +207,22 @@ class Loader:
             random = randomness(self.seed, SAMPLE, position, attempt)
             sample = self._sample(index, bad, self.cut)
             if sample is not None:
-                captions = self._pick(sample.captions, random)
-                pixels = sample.pixels if self.cut is None else self.cut(sample.pixels, random)
-                return replace(sample, pixels=pixels, captions=captions)
+                return self._drawn(sample, random)
             unusable, index = index, self._plan.instead(position, attempt, random)
         raise ValueError(
             f"{self.shards.where(unusable)}: unusable, and so were {MAX_TRIES - 1} others tried in its place"
+        )
+
+    def _drawn(self, sample: Sample, random: np.random.Generator) -> Sample:
+        if self.talks is not None:
+            chosen = self.talks.drawn(sample, random)
+        else:
+            chosen = replace(sample, captions=self._pick(sample.captions, random))
+        cut, pixels = self.cut, sample.pixels
+        if cut is None:
+            return chosen
+        return replace(
+            chosen, pixels=[cut(one, random) for one in pixels] if isinstance(pixels, list) else cut(pixels, random)
         )
 
     def _pick(self, captions: list[str], random: np.random.Generator) -> list[str]:
@@ -217,17 +237,21 @@ class Loader:
         if place in self._cache:
             return self._cache[place]
         try:
-            raw = self.shards.raw(index)
-            pixels = (cut or self.transform).read(raw.image)
+            sample = self._read(self.shards.raw(index), (cut or self.transform).read)
         except BadSample as error:
             bad.append((error.reason, f"{self.shards.where(index)}: {error}"))
             return None
-        sample = Sample(raw.key, raw.id, pixels, raw.captions, frozenset(raw.captions))
-        size = pixels.nbytes + sum(map(len, raw.captions))
+        pictures = sample.pixels if isinstance(sample.pixels, list) else [sample.pixels]
+        size = sum(picture.nbytes for picture in pictures) + sum(map(len, sample.captions))
         if size <= self._room:
             self._room -= size
             self._cache[place] = sample
         return sample
+
+    def _read(self, raw: RawSample, read: Callable[[bytes], Tensor]) -> Sample:
+        if self.talks is not None:
+            return self.talks.sample(raw, read)
+        return Sample(raw.key, raw.id, read(raw.image), raw.captions, frozenset(raw.captions))
 
 
 def in_order(items: Dataset[T], count: int, workers: int) -> Iterator[T]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -58,7 +59,7 @@ class Mixture:
         """Read one sample. Errors: as of its source."""
         number, place = self._place(index)
         raw = self.sources[number].raw(place)
-        return RawSample(f"{number}:{raw.key}", f"{number}:{raw.id}", raw.image, raw.captions, raw.fields)
+        return replace(raw, key=f"{number}:{raw.key}", id=f"{number}:{raw.id}")
 
     def captions(self) -> Iterator[str]:
         """All captions of all sources, each once whatever the weights."""

@@ -14,6 +14,7 @@ from vlm.data.plan import Indices
 from vlm.data.record import MAX_BYTES
 from vlm.data.remote import Place
 from vlm.data.shards import RawSample
+from vlm.data.talk import Talk
 
 PICTURES = "jpg;jpeg;png;webp;gif;bmp;tif;tiff"  # suffixes
 
@@ -60,7 +61,7 @@ class Pictures(Protocol):
 class Record:
     """What a source says about a picture: where it is (or its bytes), its captions as found, further fields.
 
-    Records of equal `id` show the same picture.
+    Records of equal `id` show the same picture. A talk may have `more` pictures, or none: `image` is empty then.
     """
 
     key: str
@@ -68,6 +69,8 @@ class Record:
     image: str | bytes
     captions: list[Any]
     fields: dict[str, Any]
+    more: tuple[str | bytes, ...] = ()
+    talk: Talk | None = None
 
 
 @runtime_checkable

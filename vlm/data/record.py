@@ -1,9 +1,11 @@
 """Which members make a sample, and what their bytes say: captions, fields, an id."""
 
+from collections.abc import Collection
 from typing import Any
 
 from vlm.data.captions import caption_spec, find_captions, json_fields, parse_caption
 from vlm.data.image import BadSample
+from vlm.data.talk import Talk
 from vlm.data.tar import Group
 
 MAX_BYTES = 2**28  # of one member; a larger one is damage or no picture
@@ -38,9 +40,26 @@ class Record:
         """Suffixes such as v2.jpg, of photo.v2.jpg: webdataset takes "photo" for the key, and v2.jpg is no picture."""
         return [suffix for suffix in group.members if "." in suffix and suffix.rpartition(".")[2] in self.columns]
 
-    def image(self, members: "dict[str, tuple[int, int]]") -> str:
-        """The suffix of the picture among those of a sample."""
-        return next(suffix for suffix in self.images if suffix in members)
+    @property
+    def kinds(self) -> list[str]:
+        """What decides which members are pictures."""
+        return self.images
+
+    def members(self, group: Group) -> dict[str, tuple[int, int]]:
+        """The members of a sample by the names that the others here go by: their suffixes."""
+        return group.members
+
+    def knows(self, suffix: str) -> bool:
+        """Whether members of this suffix are of any use."""
+        return suffix in self.columns
+
+    def pictures(self, names: Collection[str]) -> list[str]:
+        """Which of the members of a sample are its pictures, in order: one, the first that is wanted."""
+        return [next(suffix for suffix in self.images if suffix in names)]
+
+    def talk(self, fields: dict[str, Any], pictures: int) -> Talk | None:
+        """The conversation of a sample; None: it has captions. BadSample for one that cannot be used."""
+        return None
 
     def fields(self, data: dict[str, bytes]) -> dict[str, Any]:
         """Of the sample's json; empty without one. BadSample when it cannot be read."""

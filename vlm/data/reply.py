@@ -15,4 +15,5 @@ def apart(whole: Encoded, start: int, eos: int) -> Encoded:
     if begin == size and any(label != IGNORE for label in whole.labels):
         raise ValueError("text after the last answer: an encoder-decoder never reads it, and it cannot be learned")
     answer, read = whole.ids[begin:], [*whole.ids[:begin], eos]
-    return Encoded(read, [IGNORE] * len(read), Encoded([start, *answer], [IGNORE, *answer]))
+    reply = Encoded([start, *answer], [IGNORE, *answer])
+    return Encoded(read, [IGNORE] * len(read), reply, whole.images)

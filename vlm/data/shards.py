@@ -22,6 +22,9 @@ from vlm.data.index import Facts, kept
 from vlm.data.plan import Indices
 from vlm.data.record import MAX_BYTES, Record
 from vlm.data.remote import Place, Remote, at_hand, find, opened
+from vlm.data.talk import Talk
+from vlm.data.talk_record import TalkRecord
+from vlm.data.text import Encoded
 
 MIN_SEEN = 100  # samples before the share of bad ones means something
 
@@ -29,25 +32,47 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A talk as token ids, and what a Q-Former reads beside each of its pictures, if it reads anything."""
+
+    text: Encoded
+    instructions: tuple[Encoded, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One picture (or its features) and the captions drawn for it; `known` holds every caption of the record."""
+    """One picture (or its features) and the captions drawn for it; `known` holds every caption of the record.
+
+    Of a talk: all its pictures, its answers, and its `prompt`.
+    """
 
     key: str
     id: str
-    pixels: UInt8[Tensor, "3 H W"] | Float[Tensor, "N C"]
+    pixels: UInt8[Tensor, "3 H W"] | Float[Tensor, "N C"] | list[UInt8[Tensor, "3 H W"]]
     captions: list[str]
     known: frozenset[str] = frozenset()
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: undecoded picture, all captions, the fields of its json (empty without one)."""
+    """A sample as stored: undecoded picture, all captions, the fields of its json (empty without one).
+
+    A talk may have `more` pictures, or none (`image` is empty then); its answers are the captions.
+    """
 
     key: str
     id: str
     image: bytes
     captions: list[str]
     fields: dict[str, Any]
+    more: tuple[bytes, ...] = ()
+    talk: Talk | None = None
+
+    @property
+    def images(self) -> list[bytes]:
+        """All pictures, in the order in which the talk shows them."""
+        return [self.image, *self.more] if self.image else []
 
 
 def expand(spec: str | Sequence[str], suffixes: tuple[str, ...] = (".tar",)) -> list[Path]:
@@ -106,7 +131,7 @@ def _nearest(path: Path, suffixes: tuple[str, ...]) -> str:
 
 
 class Shards:
-    """Random access to the samples of tar shards.
+    """Random access to the samples of tar shards; `talks`: of conversations (`TalkRecord`).
 
     `image`: suffixes, `caption`: "txt" (one caption a line) or "json:FIELD" (a string or a list), first found wins.
     `id_field`: json field that says which samples show the same thing; the key without one.
@@ -123,16 +148,17 @@ class Shards:
         id_field: str | None = None,
         max_bad_fraction: float = 0.05,
         cache: Cache | None = None,
+        talks: bool = False,
     ) -> None:
         """Map the index, or read that of every shard (headers only). `cache`: where it and remote shards are kept."""
         cache = cache or Cache()
         self.files = find_shards(spec, cache)
         self.max_bad_fraction = max_bad_fraction
-        self._record = Record(image, caption, id_field)
+        self._record = (TalkRecord if talks else Record)(image, caption, id_field)
         self._index = kept(self.files, self._record, cache)
         facts = self._index.facts
         self.bad = facts.bad.copy()
-        self.others = Counter({suffix: n for suffix, n in facts.seen.items() if suffix not in self._record.columns})
+        self.others = Counter({suffix: n for suffix, n in facts.seen.items() if not self._record.knows(suffix)})
         self._refuse_unusable(facts)
         for line in [*facts.damage, *facts.hints]:
             log.warning("%s", line)
@@ -161,10 +187,14 @@ class Shards:
 
     def raw(self, index: int) -> RawSample:
         """Read one sample. BadSample when its captions cannot be used; ValueError when the shard has changed."""
-        wanted = next(suffix for suffix in self._record.images if self._index.member(index, suffix)[0] >= 0)
-        data = self._read(index, [wanted])
+        there = [suffix for suffix in self._record.images if self._index.member(index, suffix)[0] >= 0]
+        wanted = self._record.pictures(there)
+        data = self._read(index, wanted)
         fields, key = self._record.fields(data), self.key(index)
-        return RawSample(key, self._record.id(key, fields), data[wanted], self._record.texts(data, fields), fields)
+        talk = self._record.talk(fields, len(wanted))
+        captions = self._record.texts(data, fields) if talk is None else talk.answers
+        first, *more = [data[suffix] for suffix in wanted] or [b""]
+        return RawSample(key, self._record.id(key, fields), first, captions, fields, tuple(more), talk)
 
     def captions(self) -> Iterator[str]:
         """All captions of all usable samples, in order; pictures are not read."""

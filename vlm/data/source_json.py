@@ -17,14 +17,15 @@ from vlm.data.loader import MAX_WARNINGS
 from vlm.data.pictures import Record, Records, picture_id, picture_key
 from vlm.data.source_rows import Row, Rows, Whole
 from vlm.data.source_tables import Table
+from vlm.data.talk import COLUMNS, MAX_PICTURES, read_talk, shown
 
 log = logging.getLogger(__name__)
 
 
 def json_records(
-    file: Path, image: list[str], caption: Captions, id_field: str | None, split: str, images: Path
+    file: Path, image: list[str], caption: Captions, id_field: str | None, split: str, images: Path, whole: bool = False
 ) -> Records:
-    """The records of a JSON file; `split`: Karpathy's, several separated by commas.
+    """The records of a JSON file; `split`: Karpathy's, several separated by commas; `whole`: as of `Conversations`.
 
     Errors: no JSON, a layout that is none of the known ones (with what was found), a split that is not there.
     """
@@ -42,7 +43,7 @@ def json_records(
         return _coco(file, pictures, annotations, id_field)
     if isinstance(found, list) and all(isinstance(row, dict) for row in found):
         rows = Whole(file, "JSON list", found)
-        return Conversations(rows) if talks(rows.columns) else Table(rows, image, caption, id_field)
+        return Conversations(rows, whole) if talks(rows.columns) else Table(rows, image, caption, id_field)
     raise ValueError(
         f"{file}: an unknown layout: {_shape(found)}. Known: COCO captions (images and annotations with caption), "
         "Karpathy's (images with sentences), LLaVA's (a list with conversations or messages), a list of objects"
@@ -116,27 +117,29 @@ def _table(file: Path, kind: str, rows: Iterator[Row], image: str, id_field: str
 
 def talks(columns: list[str]) -> bool:
     """Whether rows with these columns are conversations."""
-    return "conversations" in columns or "messages" in columns
+    return any(name in columns for name in COLUMNS)
 
 
 class Conversations:
     """LLaVA's records, old (`conversations` of from and value) or chat form (`messages` of role and content).
 
-    The caption is the assistant's first answer; the whole conversation stays among the fields, as it was found. One
-    picture may have several records: each keeps its own key, and their id is the picture's path.
+    `whole`: with all their turns and pictures; else a record has one picture, and its caption is the assistant's first
+    answer. The conversation stays among the fields as it was found. One picture may have several records: each keeps
+    its own key, and their id is the picture's path.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, whole: bool = False) -> None:
         """Read all rows once."""
-        self.files, self._rows = rows.files, rows
-        self._column = "conversations" if "conversations" in rows.columns else "messages"
-        self.about = f"LLaVA conversations ({rows.kind}); picture: 'image', caption: the first answer"
+        self.files, self._rows, self._whole = rows.files, rows, whole
+        read = "all turns" if whole else "caption: the first answer"
+        self.about = f"LLaVA conversations ({rows.kind}); picture: 'image', {read}"
         self.bad: Counter[str] = Counter()
         self._numbers, self.seen = array("q"), 0
-        for number, found in enumerate(rows.scan(rows.columns)):
+        wanted = [name for name in rows.columns if name in (*COLUMNS, "id", "image", "images")]
+        for number, found in enumerate(rows.scan(wanted)):
             self.seen += 1
             try:
-                self._record(found)
+                self._record(number, found, scanned=True)
                 self._numbers.append(number)
             except BadSample as bad:
                 if self.bad.total() < MAX_WARNINGS:
@@ -147,58 +150,52 @@ class Conversations:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Record:
-        return self._record(self._rows.row(self._numbers[index]))
+        number = self._numbers[index]
+        return self._record(number, self._rows.row(number))
 
     def where(self, index: int) -> str:
         """File and row."""
         return self._rows.where(self._numbers[index])
 
-    def _record(self, row: Row | BadSample) -> Record:
+    def _record(self, number: int, row: Row | BadSample, scanned: bool = False) -> Record:
+        """`scanned`: of a Parquet file, without the bytes of its pictures, maybe without telling how many there are."""
         if isinstance(row, BadSample):
             raise row
-        turns = row.get(self._column)
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise BadSample("no conversation", f"{self._column} is {turns!r:.60}")
-        picture, own = _picture(row, turns), row.get("id")
+        unknown = scanned and any(row.get(name) == b"" for name in ("image", "images"))
+        pictures = [] if unknown else [_reference(found) for found in shown(row)]
+        talk = read_talk(row, len(pictures) if self._whole and not unknown else None)
+        if len(pictures) > MAX_PICTURES:
+            raise BadSample("too many pictures", f"{len(pictures)}, at most {MAX_PICTURES}")
+        if not self._whole and not unknown:
+            pictures = list(dict.fromkeys(pictures))
+            if len(pictures) != 1:
+                reason = "several pictures" if pictures else "no image"
+                raise BadSample(reason, f"{len(pictures)} in one record; data.kind=chats takes any number")
+        first, *more = pictures or [""]
+        own, path = row.get("id"), first if isinstance(first, str) else ""
+        key = str(own) if own is not None else picture_key(path) if path else f"{number:08d}"
         return Record(
-            key=str(own) if own is not None else picture_key(picture),
-            id=picture_id(picture),
-            image=picture,
-            captions=[_answer(turns)],
-            fields=row,
+            key=key,
+            id=picture_id(path) if path else key,
+            image=first,
+            captions=[talk.answers[0]],
+            fields=_without_bytes(row),
+            more=tuple(more),
+            talk=talk if self._whole else None,
         )
 
 
-def _picture(row: Row, turns: list[Row]) -> str:
-    found = row.get("image") or row.get("images") or [name for turn in turns for name in _shown(turn)]
-    shown = found if isinstance(found, list) else [found]
-    paths = [path for place, path in enumerate(shown) if path not in shown[:place]]
-    if len(paths) > 1:
-        raise BadSample("several pictures", f"{len(paths)} in one record")
-    if not paths or not isinstance(paths[0], str) or not paths[0].strip():
-        raise BadSample("no image", "a conversation about no picture" if not paths else f"{paths[0]!r:.60}")
-    return paths[0]
+def _reference(found: Any) -> str | bytes:
+    """A path, or the picture itself. BadSample for neither."""
+    if isinstance(found, dict):
+        found = found.get("bytes") or found.get("path")
+    if not isinstance(found, str | bytes) or not found.strip():
+        raise BadSample("no image", f"{found!r:.60}")
+    return found
 
 
-def _parts(turn: Row) -> list[Row]:
-    content = turn.get("content")
-    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-
-
-def _shown(turn: Row) -> Iterator[Any]:
-    """Pictures among the parts of a message."""
-    for part in _parts(turn):
-        found = next((part[name] for name in ("image", "path", "image_url", "url") if part.get(name)), None)
-        if found is not None and str(part.get("type", "image")).startswith("image"):
-            yield found.get("url") if isinstance(found, dict) else found
-
-
-def _answer(turns: list[Row]) -> str:
-    for turn in turns:
-        if str(turn.get("from", turn.get("role"))).lower() in ("gpt", "assistant", "model"):
-            text = turn.get("value", turn.get("content"))
-            if isinstance(text, list):
-                text = " ".join(str(part.get("text", "")) for part in _parts(turn))
-            if isinstance(text, str):
-                return text
-    raise BadSample("no answer", "the assistant says nothing")
+def _without_bytes(value: Any) -> Any:
+    """The same without the pictures that a row itself holds."""
+    if isinstance(value, dict):
+        return {name: _without_bytes(held) for name, held in value.items() if not isinstance(held, bytes)}
+    return [_without_bytes(held) for held in value] if isinstance(value, list) else value

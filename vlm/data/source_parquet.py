@@ -76,7 +76,10 @@ class Parquet:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    return str(kind).startswith(("binary", "large_binary", "fixed_size_binary", "struct"))
+    name = str(kind)
+    return name.startswith(("binary", "large_binary", "fixed_size_binary", "struct")) or (
+        name.startswith(("list", "large_list")) and "binary" in name
+    )
 
 
 @contextmanager

@@ -32,19 +32,21 @@ def open_pictures(
     images: Path | str | None = None,
     max_bad_fraction: float = 0.05,
     cache: Cache | None = None,
+    talks: bool = False,
 ) -> Pictures:
     """Tar shards as `Shards`; a folder of pictures, a table, a JSON file as `Source`, whichever `spec` names.
 
     `image`: suffixes of pictures, and columns that hold them; `caption`: as in `Shards`, json:FIELD is also a column;
     `id_field`: json field or column. `images`: the folder that paths are relative to, the file's own unless
-    given. `file.json#val` names a split of Karpathy's. `cache`: as in `Shards`.
+    given. `file.json#val` names a split of Karpathy's. `cache`: as in `Shards`. `talks`: conversations with all their
+    turns and pictures; without it they are a picture with its first answer.
     ValueError: nothing there, an unknown layout (with what was found), no usable record, too many bad ones.
     """
     patterns = [spec] if isinstance(spec, str) else list(spec)
     plain, splits = zip(*map(_split, patterns), strict=True) if patterns else ((), ())
     kinds = {_kind(pattern) for pattern in plain}
     if kinds <= {".tar"}:
-        return Shards(spec, image, caption, id_field, max_bad_fraction, cache)
+        return Shards(spec, image, caption, id_field, max_bad_fraction, cache, talks)
     if len(kinds) > 1 or (len(plain) > 1 and kinds & {"", ".json"}):
         raise ValueError(f"{', '.join(patterns)}: one folder or JSON file at a time, or several files of one kind")
     wanted = parse_caption(caption)
@@ -58,7 +60,7 @@ def open_pictures(
         root = files[0].parent
     place = Folder(Path(images).expanduser() if images is not None else root)
     return Source(
-        _records(files, [name.strip() for name in image.split(";")], wanted, id_field, splits[0], place.path),
+        _records(files, [name.strip() for name in image.split(";")], wanted, id_field, splits[0], place.path, talks),
         place,
         max_bad_fraction,
     )
@@ -96,7 +98,13 @@ def _tables_in(folder: Path) -> list[Path]:
 
 
 def _records(
-    files: list[Path], image: list[str], caption: Captions, id_field: str | None, split: str, images: Path
+    files: list[Path],
+    image: list[str],
+    caption: Captions,
+    id_field: str | None,
+    split: str,
+    images: Path,
+    whole: bool,
 ) -> Records:
     suffix = files[0].suffix.lower()
     if strange := [file for file in files if file.suffix.lower() != suffix or file.is_dir()]:
@@ -104,9 +112,9 @@ def _records(
     if suffix == ".json":
         if len(files) > 1:
             raise ValueError(f"{files[0]} and {len(files) - 1} more: one JSON file at a time; .jsonl may be several")
-        return json_records(files[0], image, caption, id_field, split, images)
+        return json_records(files[0], image, caption, id_field, split, images, whole)
     rows = _rows(files, suffix)
-    return Conversations(rows) if talks(rows.columns) else Table(rows, image, caption, id_field)
+    return Conversations(rows, whole) if talks(rows.columns) else Table(rows, image, caption, id_field)
 
 
 def _rows(files: list[Path], suffix: str) -> Rows:
@@ -162,14 +170,19 @@ class Source:
         """Read one sample. BadSample when it cannot be used; ValueError when the source has changed."""
         record = self._records[index]
         texts = _texts(record)
-        image = record.image if isinstance(record.image, bytes) else self._images.read(record.image)
-        return RawSample(record.key, record.id, image, texts, record.fields)
+        first, *more = [self._picture(found) for found in (record.image, *record.more) if found] or [b""]
+        return RawSample(record.key, record.id, first, texts, record.fields, tuple(more), record.talk)
+
+    def _picture(self, found: str | bytes) -> bytes:
+        return found if isinstance(found, bytes) else self._images.read(found)
 
     def captions(self) -> Iterator[str]:
         """All captions of all usable records, in order; pictures are not read."""
         for index in range(len(self)):
             try:
-                yield from _texts(self._records[index])
+                record = self._records[index]
+                turns = () if record.talk is None else record.talk.turns
+                yield from _texts(record) if record.talk is None else (turn.text for turn in turns if turn.text)
             except BadSample:
                 continue
 

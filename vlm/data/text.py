@@ -1,4 +1,4 @@
-"""Tokenizers (any tokenizer.json, CLIP's, a small one trained on captions) and the labels of captions and prompts."""
+"""Tokenizers (any tokenizer.json, CLIP's, a small one trained on captions) and the labels of captions."""
 
 import gzip
 import importlib.util
@@ -13,13 +13,14 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from vlm.nn.tokens import IGNORE, IMAGE_ID
+from vlm.nn.tokens import IGNORE
 
 # Tried in this order; "<|endoftext|>" before "<|im_start|>", because base models of that family start with the former.
 _BOS = ("<bos>", "<s>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<start_of_text>", "<|endoftext|>")
 _EOS = ("<eos>", "</s>", "[SEP]", "<|end_of_text|>", "<end_of_text>", "<|endoftext|>", "<|im_end|>")
 _PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 _DEC = ("<dec>", "[DEC]")
+_REMEMBERED = 1000  # characters of the longest text whose ids are kept: captions come again in every epoch
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,43 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no start, no end, and "</s>" in it is spelt out."""
-        return list(self._remembered(text))
+        return list(self._remembered(text) if len(text) <= _REMEMBERED else self._encode(text))
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on in a text: without the space that the tokenizer puts before a first word.
+
+        As if all had been encoded at once, where the vocabulary has no entry that reaches over the seam.
+        """
+        if not self.own_space:
+            return self.encode(text)
+        if text.startswith(" "):
+            return self.encode(text[1:])
+        before = self.encode(seam := ":" if text[:1].isalnum() else "a")
+        both = self.encode(seam + text)
+        return both[len(before) :] if both[: len(before)] == before else self.encode(text)
+
+    def literal(self, text: str) -> list[str | int]:
+        """Words of a template in pieces: control tokens ({bos}, {eos}, "<|im_start|>") as ids, the rest as text.
+
+        A start that the vocabulary does not have is left out.
+        """
+        own: dict[str, int | None] = {"{bos}": self.bos, "{eos}": self.eos, **self._named}
+        pieces = self._marks.split(text)
+        found = [own[piece] if number % 2 else piece for number, piece in enumerate(pieces)]
+        return [piece for piece in found if piece != "" and piece is not None]
+
+    @cached_property
+    def _named(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.inner.get_added_tokens_decoder().items() if i in self._control}
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        longest_first = sorted(["{bos}", "{eos}", *self._named], key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @cached_property
     def _remembered(self) -> "Callable[[str], tuple[int, ...]]":
-        return lru_cache(maxsize=2**15)(self._encode)  # captions come again in every epoch
+        return lru_cache(maxsize=2**15)(self._encode)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         clean = text if text.isascii() else text.encode("utf-8", "replace").decode()  # lone surrogates
@@ -249,12 +282,14 @@ def _clip_normalizer() -> normalizers.Normalizer:
 class Encoded:
     """Ids with their labels (equal length): the label of a supervised token is its own id, of the others IGNORE.
 
-    `reply`: what an encoder-decoder writes after reading these (`vlm.data.reply`).
+    `reply`: what an encoder-decoder writes after reading these (`vlm.data.reply`). `images`: how many are shown, the
+    first of those that the text has.
     """
 
     ids: list[int]
     labels: list[int]
     reply: "Encoded | None" = None
+    images: int = 0
 
 
 def encode_caption(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Encoded:
@@ -263,48 +298,3 @@ def encode_caption(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Encod
         raise ValueError(f"max_tokens={max_tokens}: start, end and one word need at least 3")
     answer = [*tokenizer.encode(caption)[: max_tokens - 2], tokenizer.eos]
     return Encoded([tokenizer.bos, *answer], [IGNORE, *answer])
-
-
-def encode_prompt(tokenizer: Tokenizer, template: str, text: str | None, image_tokens: int, max_tokens: int) -> Encoded:
-    """Fill a template such as "{image} a photo of {text}": bos, image placeholders, literal words, answer, eos.
-
-    Only the answer and its eos are supervised. `text=None` gives the generation prompt: exactly the ids that stand
-    before the answer in training (a space before {text} belongs to the answer). `max_tokens` counts text and control
-    tokens, not image tokens; truncation cuts only the answer. ValueError for a template that does not fit.
-    """
-    before, after = _parse(template)
-    prompt, words = [tokenizer.bos], 1
-    for number, literal in enumerate((before, after) if after is not None else (before,)):
-        prompt += [IMAGE_ID] * image_tokens if number else []
-        trimmed = literal.strip(" ") if tokenizer.own_space else literal.rstrip(" ")
-        ids = tokenizer.encode(trimmed) if trimmed else []
-        prompt, words = prompt + ids, words + len(ids)
-    room = max_tokens - words - 1
-    if room < 1:
-        raise ValueError(
-            f"prompt {template!r}: its own words and the control tokens take {words + 1} of max_tokens={max_tokens}, "
-            "no room for an answer; raise max_tokens or shorten the prompt"
-        )
-    if text is None:
-        return Encoded(prompt, [IGNORE] * len(prompt))
-    spaced = template.endswith(" {text}") and not tokenizer.own_space
-    answer = [*tokenizer.encode(" " + text if spaced else text)[:room], tokenizer.eos]
-    return Encoded(prompt + answer, [IGNORE] * len(prompt) + answer)
-
-
-def _parse(template: str) -> tuple[str, str | None]:
-    """Literal text before {image} and between {image} and {text}; None for the second without an image."""
-    fields = re.findall(r"\{(\w*)\}", template)
-    problem = ""
-    if unknown := [field for field in fields if field not in ("image", "text")]:
-        problem = f"{{{unknown[0]}}} is unknown; use {{image}} and {{text}}"
-    elif fields.count("text") != 1:
-        problem = f"it holds {{text}} {fields.count('text')} times, must be once"
-    elif fields.count("image") > 1:
-        problem = f"it holds {{image}} {fields.count('image')} times, at most once"
-    elif not template.endswith("{text}"):
-        problem = "{text} must be its end: what follows the answer can never be learned"
-    if problem:
-        raise ValueError(f"prompt {template!r}: {problem}")
-    parts = template.removesuffix("{text}").split("{image}")
-    return parts[0], parts[1] if len(parts) == 2 else None

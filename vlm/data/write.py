@@ -78,10 +78,12 @@ def write(
     max_bad_fraction: float | None = None,
     overwrite: bool = False,
     json: bool = False,
+    talks: bool | None = None,
 ) -> None:
     """Recognises a source, writes it as shards and prints the counts; the rest as `open_pictures` and `write_shards`.
 
-    `max_bad_fraction`: a small source is held to it only if it is given. Errors: see those two.
+    `max_bad_fraction`: a small source is held to it only if it is given. `talks` None: unless the source is tars.
+    Errors: see those two.
     """
     check_out(out, overwrite, [name for name in spec if not is_address(name)])
     if images is not None and not has_paths(spec):
@@ -89,7 +91,13 @@ def write(
             f"--images {images}: {spec[0]} holds its pictures itself; only tables and JSON name them by path"
         )
     source = open_pictures(
-        spec, image, caption, id_field, images, LIMIT if max_bad_fraction is None else max_bad_fraction
+        spec,
+        image,
+        caption,
+        id_field,
+        images,
+        LIMIT if max_bad_fraction is None else max_bad_fraction,
+        talks=has_paths(spec) if talks is None else talks,
     )
     about = source.about if isinstance(source, Source) else _about_tars(source)
     print(about, file=sys.stderr, flush=True)
@@ -120,7 +128,8 @@ def write_shards(source: Pictures, out: Path, recipe: Recipe, options: Options |
 
     Everything goes to a hidden folder beside `out`, which becomes `out` at the end: an interrupted run leaves nothing
     that looks finished, and is cleared by the next. Samples hold the picture, txt (a caption a line) and json: the
-    source's fields, `key` (in the source) and `picture` (its id: equal where the same picture is shown).
+    source's fields, `key` (in the source) and `picture` (its id: equal where the same picture is shown). Of a
+    conversation they hold KEY.0.jpg, KEY.1.jpg, … unless it shows one picture, and the conversation in the json.
     ValueError: more than the source's `max_bad_fraction` of bad samples, none left, `out` exists or is being written.
     """
     options = options or Options()
@@ -217,13 +226,18 @@ class _Work(Dataset[_Result]):
 
     def _make(self, index: int) -> _Made:
         raw = self.source.raw(index)
-        suffix, image = encoded(raw.image, self.recipe)
+        made = [encoded(image, self.recipe) for image in raw.images]
         fields = {KEY: raw.key, PICTURE: raw.id, **raw.fields}
         if self.own_id:
             fields[PICTURE] = raw.id
         text = jsonlib.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace")
-        members = {suffix: image, "json": text, "txt": "\n".join(raw.captions).encode()}
-        return _Made(raw.key, members, len(raw.captions), image is not raw.image)
+        changed = any(image is not given for (_, image), given in zip(made, raw.images, strict=True))
+        if len(made) == 1:  # so that one who takes captions finds one
+            ((suffix, image),) = made
+            members = {suffix: image, "json": text, "txt": "\n".join(raw.captions).encode()}
+        else:
+            members = {f"{number}.{suffix}": image for number, (suffix, image) in enumerate(made)} | {"json": text}
+        return _Made(raw.key, members, len(raw.captions), changed)
 
 
 def _made(source: Pictures, recipe: Recipe, options: Options) -> Iterator[_Result]:

@@ -13,11 +13,13 @@ from vlm import build
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
+from vlm.config.pictures import PictureData
 from vlm.data.check import Finding, Patience, Report, TextLimit
 from vlm.data.check import check as look
 from vlm.data.pictures import Pictures
 from vlm.data.record import Record
 from vlm.data.shards import find_shards
+from vlm.data.talk_record import TalkRecord
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.restore import TOKENIZER
 
@@ -33,15 +35,16 @@ def check(
     max_bad_fraction: float | None = None,
     workers: int = 0,
     json: bool = False,
+    talks: bool = False,
 ) -> bool:
     """Prints the report; False when nothing is usable, or more than `max_bad_fraction` is not.
 
-    What is not given is taken from the config, or from the defaults of training.
+    What is not given is taken from the config, or from the defaults of training. `talks`: of conversations.
     """
     if (tokenizer is None) != (max_tokens is None) and config is None:
         raise ValueError("--tokenizer and --max-tokens belong together: the one counts what the other limits")
     run = None if config is None else read_run(config)
-    data = schema.PairData(train=list(shards)) if run is None else run.pairs
+    data = schema.PairData(train=list(shards)) if run is None else run.pictures
     given = {"image": image, "caption": caption, "max_bad_fraction": max_bad_fraction, "max_tokens": max_tokens}
     data = data.model_copy(update={name: value for name, value in given.items() if value is not None})
     files = find_shards(shards, build.shard_cache(data))
@@ -49,7 +52,8 @@ def check(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("shards", total=len(files))
-        record = Record(data.image, data.caption, data.id)
+        form = TalkRecord if talks or isinstance(data, schema.ChatData) else Record
+        record = form(data.image, data.caption, data.id)
         report = look(files, record, patience, workers, done=lambda: progress.advance(task))
     limit = data.max_bad_fraction
     healthy = report.bad < report.samples and report.bad <= limit * report.samples
@@ -66,26 +70,33 @@ def read_tokenizer(run: schema.Run, config: Path, shards: Sequence[str]) -> Toke
     """That of the run's folder; else what the settings name, learned from the shards if it is to be learned."""
     if config.is_dir():
         return load_tokenizer(config / TOKENIZER)
-    data = run.pairs.model_copy(update={"max_bad_fraction": 1.0})
+    data = run.pictures.model_copy(update={"max_bad_fraction": 1.0})
     captions = build.shards(data, list(shards)).captions() if run.tokenizer.kind == "bpe" else ()
     return build.tokenizer(run.tokenizer, captions)
 
 
-def any_shards(data: schema.PairData, shards: Sequence[str]) -> Pictures:
+def any_shards(data: PictureData, shards: Sequence[str]) -> Pictures:
     """An index that any share of unusable samples may stand beside."""
     return build.shards(data.model_copy(update={"max_bad_fraction": 1.0}), list(shards))
 
 
 def _limit(
-    run: schema.Run | None, config: Path | None, data: schema.PairData, tokenizer: Path | None, shards: Sequence[str]
+    run: schema.Run | None,
+    config: Path | None,
+    data: schema.PairData | schema.ChatData,
+    tokenizer: Path | None,
+    shards: Sequence[str],
 ) -> TextLimit | None:
     if tokenizer is not None:
-        template = None if run is None or run.model.language is None else data.prompt
-        return TextLimit(load_tokenizer(tokenizer), data.max_tokens, template)
-    if run is None or config is None:
+        own = load_tokenizer(tokenizer)
+    elif run is None or config is None:
         return None
-    template = None if run.model.language is None else data.prompt
-    return TextLimit(read_tokenizer(run, config, shards), data.max_tokens, template)
+    else:
+        own = read_tokenizer(run, config, shards)
+    if run is None:
+        return TextLimit(own, data.max_tokens)
+    run = run.model_copy(update={"data": data})
+    return TextLimit(own, data.max_tokens, build.caption_template(run), build.talk_form(run, own, 0))
 
 
 def as_json(report: Report, healthy: bool, limit: float) -> str:

@@ -145,7 +145,13 @@ def captions(
     device = next(trained.model.parameters()).device
     with fast_float32():
         return describe(
-            trained.model, trained.tokenizer, images.to(device), data.prompt, data.max_tokens, decoding, generator
+            trained.model,
+            trained.tokenizer,
+            images.to(device),
+            build.template(data.template),
+            data.max_tokens,
+            decoding,
+            generator,
         )
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from vlm.data.tars import drafted
 from vlm.model.lora import Lora, wrap
+from vlm.model.weights.conversion import STACKED
 from vlm.model.weights.files import fingerprint, read
-from vlm.model.weights.table import STACKED, Table
+from vlm.model.weights.table import Table
 from vlm.nn.adapter import adapters, is_adapter, plain
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

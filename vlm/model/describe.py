@@ -1,6 +1,6 @@
-"""Captions of a batch of images by any model that can write: a language model behind a connector, or a Q-Former itself.
+"""What a model writes about pictures: captions of a batch, and answers in conversations, by any way of decoding.
 
-Letters: B images, P prompt tokens, V vocabulary.
+Letters: B images, K images of all conversations, M conversations, P prompt tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm.data.batch import pad
+from vlm.data.encode import encode_prompt, ends
 from vlm.data.reply import apart
-from vlm.data.text import Encoded, Tokenizer, encode_prompt
+from vlm.data.talk import Talk
+from vlm.data.talk_batch import TalkForm
+from vlm.data.template import Template
+from vlm.data.text import Encoded, Tokenizer
 from vlm.model.beam import Beams, search
 from vlm.model.generate import Decoding, Sampling, generate, stream
 from vlm.model.transcribe import OneLine, StopStrings, Transcript, one_line
-from vlm.model.vlm import VisionLanguageModel, last_valid
+from vlm.model.vlm import Seen, VisionLanguageModel, last_valid
 from vlm.nn.state import State
 
 
@@ -31,7 +35,7 @@ def describe(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
     images: Float[Tensor, "B 3 H W"] | Float[Tensor, "B N C"],
-    template: str,
+    template: str | Template,
     max_tokens: int,
     decoding: Decoding,
     generator: torch.Generator | None = None,
@@ -39,46 +43,88 @@ def describe(
 ) -> list[str]:
     """One caption per image, on one line, whatever was drawn: greedy or sampled (`Sampling`), or the best of `Beams`.
 
-    `images`: as of `VisionLanguageModel.encode`. `template` is the run's `data.prompt`, of which the part before {text}
-    is given. `stop`: strings before which a caption ends. ValueError for more tokens than the model was built for.
+    `images`: as of `VisionLanguageModel.encode`. `template` is the run's `data.template`, of which the part before
+    {text} is given. `stop`: strings before which a caption ends, beside the template's own. ValueError for more tokens
+    than the model was built for.
     """
-    start, rule = _start(model, tokenizer, images, template, max_tokens, decoding), _rule(tokenizer, stop)
-    rows = generate(model.proceed, *start, tokenizer.eos, decoding, generator, rule)
-    return [_text(tokenizer, rule, row) for row in rows]
+    start, end = (
+        _start(model, tokenizer, images, template, max_tokens, decoding),
+        _end(tokenizer, template, model, stop),
+    )
+    rows = generate(model.proceed, *start, end.ids, decoding, generator, end.rule)
+    return [one_line(end.text(tokenizer, row)) for row in rows]
 
 
 def describe_several(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
     images: Float[Tensor, "B 3 H W"],
-    template: str,
+    template: str | Template,
     max_tokens: int,
     beams: Beams,
     stop: Sequence[str] = (),
 ) -> list[list[Caption]]:
     """The best `beams.returned` captions of each image, best first; arguments as in `describe`."""
-    start, rule = _start(model, tokenizer, images, template, max_tokens, beams), _rule(tokenizer, stop)
-    found = search(model.proceed, *start, tokenizer.eos, beams, rule)
-    return [[Caption(_text(tokenizer, rule, ids), score) for ids, score in row] for row in found]
+    start = _start(model, tokenizer, images, template, max_tokens, beams)
+    end = _end(tokenizer, template, model, stop)
+    found = search(model.proceed, *start, end.ids, beams, end.rule)
+    return [[Caption(one_line(end.text(tokenizer, ids)), score) for ids, score in row] for row in found]
 
 
 def describe_live(
     model: VisionLanguageModel,
     tokenizer: Tokenizer,
     images: Float[Tensor, "B 3 H W"],
-    template: str,
+    template: str | Template,
     max_tokens: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
     stop: Sequence[str] = (),
 ) -> Iterator[list[str]]:
     """What can be printed of each caption after each token; the pieces of a row join to what `describe` gives."""
-    start, rule = _start(model, tokenizer, images, template, max_tokens, sampling), _rule(tokenizer, stop)
-    texts, lines = [Transcript(tokenizer, rule) for _ in images], [OneLine() for _ in images]
-    for chosen in stream(model.proceed, *start, tokenizer.eos, sampling, generator, rule):
-        ids: list[int] = chosen.tolist()
-        yield [line.push(text.push(token)) for line, text, token in zip(lines, texts, ids, strict=True)]
-    yield [line.push(text.close()) for line, text in zip(lines, texts, strict=True)]
+    start, end = (
+        _start(model, tokenizer, images, template, max_tokens, sampling),
+        _end(tokenizer, template, model, stop),
+    )
+    lines = [OneLine() for _ in images]
+    for pieces in _live(model, tokenizer, start, end, sampling, generator):
+        yield [line.push(piece) for line, piece in zip(lines, pieces, strict=True)]
+
+
+def answer(
+    model: VisionLanguageModel,
+    form: TalkForm,
+    talks: Sequence[Talk],
+    images: Float[Tensor, "K 3 H W"] | None,
+    decoding: Decoding,
+    generator: torch.Generator | None = None,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """The answer to the last question of each talk, with its line breaks; the talks may be of any length.
+
+    `form`: as in training (`vlm.build.talk_form`). `images`: of all talks in order, as they show them; None: they show
+    none. What is answered does not depend on which talks are answered together. ValueError: other than K images shown,
+    a talk that ends with an answer.
+    """
+    start = _asked(model, form, talks, images)
+    end = _end(form.tokenizer, form.template, model, stop)
+    rows = generate(model.proceed, *start, end.ids, decoding, generator, end.rule)
+    return [end.text(form.tokenizer, row).strip() for row in rows]
+
+
+def answer_live(
+    model: VisionLanguageModel,
+    form: TalkForm,
+    talks: Sequence[Talk],
+    images: Float[Tensor, "K 3 H W"] | None,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[list[str]]:
+    """What can be printed of each answer after each token; but for white space at the ends they join to `answer`'s."""
+    start = _asked(model, form, talks, images)
+    end = _end(form.tokenizer, form.template, model, stop)
+    return _live(model, form.tokenizer, start, end, sampling, generator)
 
 
 class _Start(NamedTuple):
@@ -89,31 +135,85 @@ class _Start(NamedTuple):
     prompt: Int[Tensor, "B P"]
 
 
+class _End(NamedTuple):
+    """What ends a text: any of these tokens, and a rule on what they say."""
+
+    ids: list[int]
+    rule: StopStrings | None
+
+    def text(self, tokenizer: Tokenizer, ids: list[int]) -> str:
+        """Of the tokens of a row, up to its end."""
+        text = tokenizer.decode(ids)
+        return text if self.rule is None else self.rule.cut(text)
+
+
 @torch.no_grad()
 def _start(
-    model: VisionLanguageModel, tokenizer: Tokenizer, images: Tensor, template: str, max_tokens: int, how: Decoding
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    images: Tensor,
+    template: str | Template,
+    max_tokens: int,
+    how: Decoding,
 ) -> _Start:
     if model.language is None and how.max_new > max_tokens:
         raise ValueError(f"max_new={how.max_new}: this Q-Former was built for texts of {max_tokens} tokens")
     prompt = _prompt(model, tokenizer, template, max_tokens)
-    text = pad([prompt] * len(images), tokenizer.pad, side="left").to(images.device)
-    out = model.write(model.see(images), text)
+    return _read(model, tokenizer, [prompt] * len(images), model.see(images), images.device)
+
+
+@torch.no_grad()
+def _asked(model: VisionLanguageModel, form: TalkForm, talks: Sequence[Talk], images: Tensor | None) -> _Start:
+    prompts = [form.start(talk) for talk in talks]
+    shown, given = sum(prompt.text.images for prompt in prompts), 0 if images is None else len(images)
+    if shown != given:
+        raise ValueError(f"{given} images for conversations that show {shown}")
+    beside = [one for prompt in prompts for one in prompt.instructions]
+    device = next(model.parameters()).device
+    seen = None
+    if images is not None and shown:
+        reads = None if form.reader is None else pad(beside, form.reader.tokenizer.pad).to(device)
+        seen = model.see(images, reads)
+    return _read(model, form.tokenizer, [prompt.text for prompt in prompts], seen, device)
+
+
+def _read(
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Encoded],
+    seen: Seen | None,
+    device: torch.device,
+) -> _Start:
+    text = pad(prompts, tokenizer.pad, side="left").to(device)
+    out = model.write(seen, text)
     said = text.written
     logits = model.logits(last_valid(out.hidden, said.valid))
     return _Start(logits, out.state, torch.where(said.valid, said.ids, -1))
 
 
-def _prompt(model: VisionLanguageModel, tokenizer: Tokenizer, template: str, max_tokens: int) -> Encoded:
+def _prompt(model: VisionLanguageModel, tokenizer: Tokenizer, template: str | Template, max_tokens: int) -> Encoded:
     if model.language is None:
         return Encoded([tokenizer.dec], [tokenizer.dec])
     prompt = encode_prompt(tokenizer, template, None, model.image_tokens, max_tokens)
     return prompt if model.reply_start is None else apart(prompt, model.reply_start, tokenizer.eos)
 
 
-def _rule(tokenizer: Tokenizer, stop: Sequence[str]) -> StopStrings | None:
-    return StopStrings(tokenizer, stop) if stop else None
+def _end(tokenizer: Tokenizer, template: str | Template, model: VisionLanguageModel, stop: Sequence[str]) -> _End:
+    ids, strings = ([tokenizer.eos], []) if model.language is None else ends(tokenizer, Template.of(template))
+    every = [*strings, *stop]
+    return _End(ids, StopStrings(tokenizer, every) if every else None)
 
 
-def _text(tokenizer: Tokenizer, rule: StopStrings | None, ids: list[int]) -> str:
-    text = tokenizer.decode(ids)
-    return one_line(text if rule is None else rule.cut(text))
+def _live(
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
+    start: _Start,
+    end: _End,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[list[str]]:
+    texts = [Transcript(tokenizer, end.rule) for _ in start.logits]
+    for chosen in stream(model.proceed, *start, end.ids, sampling, generator, end.rule):
+        ids: list[int] = chosen.tolist()
+        yield [text.push(token) for text, token in zip(texts, ids, strict=True)]
+    yield [text.close() for text in texts]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm.data.batch import Batch
+from vlm.data.template import Template
 from vlm.data.text import Tokenizer
 from vlm.model.describe import describe
 from vlm.model.generate import Sampling
@@ -19,10 +20,10 @@ TOKENS = 20
 
 @dataclass(frozen=True)
 class Speech:
-    """How a run's model writes captions; `template` and `max_tokens` are the run's `data.prompt` and its longest."""
+    """How a run's model writes captions; `template` and `max_tokens` are those of the run's `data`."""
 
     tokenizer: Tokenizer
-    template: str
+    template: Template
     max_tokens: int
 
     @property

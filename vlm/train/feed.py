@@ -55,18 +55,18 @@ Train = Callable[[Iterable[int]], Iterator[Batch]]  # batches by their numbers i
 def feed(run: schema.Run) -> Feed:
     """What the settings name as data."""
     match run.data:
-        case schema.PairData():
-            return PairFeed(run, run.data)
+        case schema.PairData() | schema.ChatData():
+            return PictureFeed(run, run.data)
         case schema.TextData():
             return TextFeed(run, run.data)
         case _:
             assert_never(run.data)
 
 
-class PairFeed:
-    """Shards of pictures with captions, or another source of them."""
+class PictureFeed:
+    """Shards of pictures with captions or of conversations, or another source of them."""
 
-    def __init__(self, run: schema.Run, data: schema.PairData) -> None:
+    def __init__(self, run: schema.Run, data: schema.PairData | schema.ChatData) -> None:
         """Errors: names that lead to no shard or source."""
         self._run, self._data = run, data
         self._shards = _opened(data, data.train)
@@ -74,10 +74,10 @@ class PairFeed:
             train = run.train
             note(self._shards.table(train.steps * train.accumulate * train.batch_size, train.seed))
         self._loader: Loader | None = None
-        self.texts = run.train.batch_size * data.captions_per_image
+        self.texts = run.train.batch_size * (data.captions_per_image if isinstance(data, schema.PairData) else 1)
 
     def captions(self) -> Iterable[str]:
-        """All captions."""
+        """All captions, or what is said in all conversations."""
         return self._shards.captions()
 
     def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
@@ -90,7 +90,8 @@ class PairFeed:
             val = _opened(self._data, self._data.val)
             seen_as = build.transform(self._run.model.vision, model, val)
             size = self._run.train.batch_size
-            once = build.evaluation_loader(self._data, val, seen_as, tokenizer, size, *wanted).once
+            talks = build.talk_form(self._run, tokenizer, *wanted)
+            once = build.evaluation_loader(self._data, val, seen_as, tokenizer, size, *wanted, talks).once
         return self._loader.train, once
 
     def left_out(self) -> Counter[str]:
@@ -102,7 +103,7 @@ class PairFeed:
         return Counter() if self._loader is None else self._loader.bad
 
 
-def _opened(data: schema.PairData, spec: build.Spec) -> Pictures:
+def _opened(data: schema.PairData | schema.ChatData, spec: build.Spec) -> Pictures:
     """The pictures, with a word on how a source that is no shard was understood."""
     pictures = build.shards(data, spec)
     for source in pictures.sources if isinstance(pictures, Mixture) else [pictures]:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm import checkpoint
+from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import dump, load
 from vlm.data.text import Tokenizer
-from vlm.restore import TOKENIZER
+from vlm.restore import READER, TOKENIZER
 from vlm.train.log import BOARD, METRICS
 
 Resume = bool | Literal["auto"]
@@ -86,6 +86,8 @@ def prepare(out: Path, run: schema.Run, tokenizer: Tokenizer, fresh: bool) -> No
             _clear(out)
         tokenizer.save(out / f".{TOKENIZER}.tmp")
         os.replace(out / f".{TOKENIZER}.tmp", out / TOKENIZER)
+        if (reads := build.reader(run, tokenizer)) is not None:
+            reads.tokenizer.save(out / READER)
     draft = out / f".{CONFIG}.tmp"
     draft.write_text(dump(run), encoding="utf-8")
     draft.replace(out / CONFIG)

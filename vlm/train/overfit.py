@@ -40,7 +40,7 @@ def overfit(config: Path, overrides: Sequence[str], out: Path, count: int) -> bo
 
 def _few(run: schema.Run, count: int) -> schema.Run:
     """One batch of the first samples, as they are: what validation on the training data meets first."""
-    changed = {"val": run.data.train} | ({"augment": None} if isinstance(run.data, schema.PairData) else {})
+    changed = {"val": run.data.train} | ({} if isinstance(run.data, schema.TextData) else {"augment": None})
     train = run.train.model_copy(update={"batch_size": count, "accumulate": 1, "ema": None})
     return run.model_copy(update={"data": run.data.model_copy(update=changed), "train": train})
 

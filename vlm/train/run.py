@@ -290,7 +290,7 @@ def speech(run: schema.Run, tokenizer: Tokenizer) -> Speech | None:
     """How the model writes captions; None where it learns to write none."""
     if not isinstance(run.data, schema.PairData) or not any(isinstance(loss, schema.LmLoss) for loss in run.losses):
         return None
-    return Speech(tokenizer, run.data.prompt, run.data.max_tokens)
+    return Speech(tokenizer, build.template(run.data.template), run.data.max_tokens)
 
 
 def render(lines: Sequence[Line]) -> str:

@@ -42,7 +42,7 @@ def describe(
     is given. `stop`: strings before which a caption ends. ValueError for more tokens than the model was built for.
     """
     start, rule = _start(model, tokenizer, images, template, max_tokens, decoding), _rule(tokenizer, stop)
-    rows = generate(model.proceed, *start, tokenizer.eos, decoding, generator, rule)
+    rows = generate(model.proceed, *start, tokenizer.ends, decoding, generator, rule)
     return [_text(tokenizer, rule, row) for row in rows]
 
 
@@ -57,7 +57,7 @@ def describe_several(
 ) -> list[list[Caption]]:
     """The best `beams.returned` captions of each image, best first; arguments as in `describe`."""
     start, rule = _start(model, tokenizer, images, template, max_tokens, beams), _rule(tokenizer, stop)
-    found = search(model.proceed, *start, tokenizer.eos, beams, rule)
+    found = search(model.proceed, *start, tokenizer.ends, beams, rule)
     return [[Caption(_text(tokenizer, rule, ids), score) for ids, score in row] for row in found]
 
 
@@ -74,7 +74,7 @@ def describe_live(
     """What can be printed of each caption after each token; the pieces of a row join to what `describe` gives."""
     start, rule = _start(model, tokenizer, images, template, max_tokens, sampling), _rule(tokenizer, stop)
     texts, lines = [Transcript(tokenizer, rule) for _ in images], [OneLine() for _ in images]
-    for chosen in stream(model.proceed, *start, tokenizer.eos, sampling, generator, rule):
+    for chosen in stream(model.proceed, *start, tokenizer.ends, sampling, generator, rule):
         ids: list[int] = chosen.tolist()
         yield [line.push(text.push(token)) for line, text, token in zip(lines, texts, ids, strict=True)]
     yield [line.push(text.close()) for line, text in zip(lines, texts, strict=True)]

@@ -49,7 +49,7 @@ def changed(folder: Path, **settings: Any) -> Path:
 
 
 def written_back(ours: Decoder, folder: Path, into: Path) -> Path:
-    """Our weights in the published layout, with the settings of `folder`; the tensors must be as they were."""
+    """A folder with our weights as published; `folder` has the settings. The tensors must be as they were."""
     back, given = part_of(folder).table.to_theirs(ours.state_dict()), tensors(folder)
     assert set(back) == set(given)
     assert all(torch.equal(value, given[name]) for name, value in back.items())

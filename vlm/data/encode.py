@@ -107,8 +107,8 @@ def ends(tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[str]
     pieces = tokenizer.literal(template.end) if template.control else [template.end]
     stop = dict.fromkeys(template.stop)
     if isinstance(pieces[0], int):
-        return list(dict.fromkeys([pieces[0], tokenizer.eos])), list(stop)
-    return [tokenizer.eos], [pieces[0], *stop]
+        return list(dict.fromkeys([pieces[0], *tokenizer.ends])), list(stop)
+    return list(tokenizer.ends), [pieces[0], *stop]
 
 
 @dataclass

@@ -172,7 +172,7 @@ def _stale(path: Path, documents: Iterable[str], mark: str) -> str:
 
 def _write(documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype[Any], mark: str, path: Path) -> None:
     digest, tokens, count = hashlib.sha256(), 0, 0
-    start = [] if tokenizer.bos == tokenizer.eos else [tokenizer.bos]
+    start = [] if tokenizer.bos == tokenizer.eos else tokenizer.start
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as handle, _bar(f"packing {path.name}") as tell:

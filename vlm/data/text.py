@@ -1,4 +1,4 @@
-"""Tokenizers (any tokenizer.json, CLIP's, a small one trained on captions) and the labels of captions."""
+"""Tokenizers (any published one, CLIP's, a small one trained on captions) and the labels of captions."""
 
 import gzip
 import importlib.util
@@ -13,13 +13,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from vlm.data.control import Control, find_control
+from vlm.data.vocabulary import find_vocabulary, read_vocabulary
 from vlm.nn.tokens import IGNORE
 
-# Tried in this order; "<|endoftext|>" before "<|im_start|>", because base models of that family start with the former.
-_BOS = ("<bos>", "<s>", "[CLS]", "<|begin_of_text|>", "<|startoftext|>", "<start_of_text>", "<|endoftext|>")
-_EOS = ("<eos>", "</s>", "[SEP]", "<|end_of_text|>", "<end_of_text>", "<|endoftext|>", "<|im_end|>")
-_PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
-_DEC = ("<dec>", "[DEC]")
+_LINE_BREAKS = ("\n", "Ċ", "<0x0A>")  # as vocabularies spell one
 _REMEMBERED = 1000  # characters of the longest text whose ids are kept: captions come again in every epoch
 
 
@@ -28,18 +26,30 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with its control ids. No text, whatever it holds, is encoded as a control token."""
 
     inner: tokenizers.Tokenizer
-    bos: int
+    bos: int | None  # None: nothing stands before a text (Qwen)
     eos: int
     pad: int
-    dec: int  # start of grounded generation, = bos where the vocabulary has none of its own
+    dec: int  # start of grounded generation, = bos (or eos) where the vocabulary has none of its own
+    ends: tuple[int, ...] = ()  # all at which a text that is being written ends, eos first; unless given, eos alone
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", self.ends or (self.eos,))
         self.inner.no_padding()
         self.inner.no_truncation()
         self.inner.encode_special_tokens = True  # "</s>" in a text is text; pickling loses this setting
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Any, ...]]:
-        return Tokenizer, (self.inner, self.bos, self.eos, self.pad, self.dec)  # made anew: see `encode_special_tokens`
+        return Tokenizer, (self.inner, *self.control)  # made anew: see `encode_special_tokens`
+
+    @property
+    def control(self) -> Control:
+        """The control ids."""
+        return Control(self.bos, self.eos, self.pad, self.dec, self.ends)
+
+    @property
+    def start(self) -> list[int]:
+        """What stands before every text: bos, or nothing."""
+        return [] if self.bos is None else [self.bos]
 
     @cached_property
     def size(self) -> int:
@@ -52,7 +62,9 @@ class Tokenizer:
         unknown = getattr(self.inner.model, "unk_token", None)
         for name in [unknown] if unknown else ["<unk>", "[UNK]"]:
             special.discard(self.inner.token_to_id(name))
-        return frozenset(special | {self.bos, self.eos, self.pad, self.dec})
+        named = {*self.start, self.eos, self.pad, self.dec, *self.ends}
+        # A line break may end a text (OPT in BLIP-2) and is text all the same.
+        return frozenset(special | {i for i in named if self.inner.id_to_token(i) not in _LINE_BREAKS})
 
     @cached_property
     def own_space(self) -> bool:
@@ -120,75 +132,38 @@ class Tokenizer:
 
     def to_text(self) -> str:
         """All of it, for `from_text`: how processes of one run give it to each other."""
-        return json.dumps([self.inner.to_str(), self.bos, self.eos, self.pad, self.dec])
+        return json.dumps([self.inner.to_str(), *self.control])
 
     @staticmethod
     def from_text(text: str) -> "Tokenizer":
         """The tokenizer that `to_text` was asked of."""
-        inner, *control = json.loads(text)
-        return Tokenizer(tokenizers.Tokenizer.from_str(inner), *control)
+        inner, bos, eos, pad, dec, ends = json.loads(text)
+        return Tokenizer(tokenizers.Tokenizer.from_str(inner), bos, eos, pad, dec, tuple(ends))
 
     def save(self, path: Path) -> None:
         """Write the file `path` (a tokenizer.json), from which `load_tokenizer` gives an equal tokenizer."""
         copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
-        bos, eos, pad = (str(self.inner.id_to_token(i)) for i in (self.bos, self.eos, self.pad))
-        # The template and the padding are the places where this format itself says which tokens are control tokens.
-        tokens = list(dict.fromkeys([(bos, self.bos), (eos, self.eos)]))
-        copy.post_processor = processors.TemplateProcessing(single=[bos, "$A", eos], special_tokens=tokens)
-        copy.enable_padding(pad_id=self.pad, pad_token=pad)
+        names = {i: str(self.inner.id_to_token(i)) for i in (*self.start, *self.ends, self.pad)}
+        # The template and the padding are the places where this format itself says which tokens are control tokens;
+        # further ends are among the template's tokens without a place in it.
+        tokens = [(names[i], i) for i in dict.fromkeys([*self.start, *self.ends])]
+        single = [*(names[i] for i in self.start), "$A", names[self.eos]]
+        copy.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+        copy.enable_padding(pad_id=self.pad, pad_token=names[self.pad])
         copy.save(str(path))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json, or the folder that holds one.
+def load_tokenizer(path: Path, add: Sequence[str] = ()) -> Tokenizer:
+    """Read a published tokenizer: a folder, or one file of `vocabulary.FILES` with what stands beside it.
 
-    The control tokens are taken from (first found) a tokenizer_config.json beside it, the template and the padding
-    inside it, and the usual names. Without a pad token eos serves, since padding is never supervised.
-    ValueError when the file is no tokenizer or has no start or end token.
+    Without a pad token eos serves, since padding is never supervised; `find_control` says where the others come from.
+    `add`: control tokens that get ids of their own if it has none for them ([DEC] of BLIP-2).
+    ValueError when there is no tokenizer, or it has no end token.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        text = file.read_text(encoding="utf-8")
-        inner = tokenizers.Tokenizer.from_str(text)
-        declared = _declared_inside(json.loads(text)) | _declared_beside(file.with_name("tokenizer_config.json"))
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; give a tokenizer.json or the folder that holds one") from None
-    except Exception as error:  # the library raises bare Exception for whatever is wrong inside the file
-        raise ValueError(f"{file}: not a readable tokenizer.json ({error})") from None
-
-    def find(role: str, names: Iterable[str]) -> int | None:
-        candidates = [declared[role], *names] if role in declared else names
-        return next((i for name in candidates if (i := inner.token_to_id(name)) is not None), None)
-
-    bos, eos, pad, dec = find("bos", _BOS), find("eos", _EOS), find("pad", _PAD), find("dec", _DEC)
-    if bos is None or eos is None:
-        word, names = ("bos", _BOS) if bos is None else ("eos", _EOS)
-        remedy = f'put a tokenizer_config.json with "{word}_token" beside it'
-        raise ValueError(f"{file}: no {word} token (none of {', '.join(names)}); {remedy}")
-    return Tokenizer(inner, bos, eos, eos if pad is None else pad, bos if dec is None else dec)
-
-
-def _declared_beside(file: Path) -> dict[str, str]:
-    if not file.exists():
-        return {}
-    config = json.loads(file.read_text(encoding="utf-8"))
-    found = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
-    names = {role: token["content"] if isinstance(token, dict) else token for role, token in found.items()}
-    return {role: name for role, name in names.items() if isinstance(name, str)}
-
-
-def _declared_inside(spec: dict[str, Any]) -> dict[str, str]:
-    declared = {"pad": spec["padding"]["pad_token"]} if spec.get("padding") else {}
-    processor = spec.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
-        if part.get("type") != "TemplateProcessing":
-            continue
-        names = [piece.get("SpecialToken", {}).get("id") for piece in part["single"]]  # None where the text goes
-        if names and names[0]:
-            declared["bos"] = names[0]
-        if names and names[-1]:
-            declared["eos"] = names[-1]
-    return declared
+    file = find_vocabulary(path)
+    inner = read_vocabulary(file)
+    inner.add_special_tokens(_specials(*add))
+    return Tokenizer(inner, *find_control(inner, file))
 
 
 def _specials(*names: str) -> list[AddedToken]:
@@ -293,8 +268,9 @@ class Encoded:
 
 
 def encode_caption(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Encoded:
-    """bos, caption, eos; all but bos supervised. Too long a caption loses its last words, never eos."""
-    if max_tokens < 3:
-        raise ValueError(f"max_tokens={max_tokens}: start, end and one word need at least 3")
-    answer = [*tokenizer.encode(caption)[: max_tokens - 2], tokenizer.eos]
-    return Encoded([tokenizer.bos, *answer], [IGNORE, *answer])
+    """bos (if any), caption, eos; all but bos supervised. Too long a caption loses its last words, never eos."""
+    room = max_tokens - len(tokenizer.start) - 1
+    if room < 1:
+        raise ValueError(f"max_tokens={max_tokens}: start, end and one word need at least {max_tokens - room + 1}")
+    answer = [*tokenizer.encode(caption)[:room], tokenizer.eos]
+    return Encoded([*tokenizer.start, *answer], [IGNORE] * len(tokenizer.start) + answer)

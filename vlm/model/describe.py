@@ -199,7 +199,7 @@ def _prompt(model: VisionLanguageModel, tokenizer: Tokenizer, template: str | Te
 
 
 def _end(tokenizer: Tokenizer, template: str | Template, model: VisionLanguageModel, stop: Sequence[str]) -> _End:
-    ids, strings = ([tokenizer.eos], []) if model.language is None else ends(tokenizer, Template.of(template))
+    ids, strings = (list(tokenizer.ends), []) if model.language is None else ends(tokenizer, Template.of(template))
     every = [*strings, *stop]
     return _End(ids, StopStrings(tokenizer, every) if every else None)
 

@@ -121,7 +121,7 @@ def plan(slots: Slots, table: Table, weights: Weights) -> list[Unit]:
         try:
             with Hollow():
                 made |= unit.to_ours(weights)
-        except (RuntimeError, ValueError):  # from the conversion, of shapes that it cannot join or cut
+        except (RuntimeError, ValueError, IndexError):  # from a conversion, of shapes that it cannot join or cut
             shapes = ", ".join(f"{name} {shape(weights[name])}" for name in unit.theirs)
             problems.append(f"other shape: {shapes} cannot become {', '.join(unit.ours)}")
             odd |= set(unit.ours)

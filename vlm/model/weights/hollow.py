@@ -31,11 +31,14 @@ def hollow() -> Iterator[None]:
 
 
 def _joined(tensors: Sequence[Tensor], dim: int = 0, *, new: bool) -> Tensor:
-    """RuntimeError, as from torch: shapes that cannot be joined."""
+    """RuntimeError or IndexError, as from torch: shapes that cannot be joined."""
     shapes = [list(tensor.shape) for tensor in tensors]
-    at = dim % (len(shapes[0]) + new) if shapes[0] or new else 0
+    axes = len(shapes[0]) + new
+    if not -axes <= dim < axes:
+        raise IndexError(f"shapes that cannot be joined along axis {dim}: {shapes}")
+    at = dim % axes
     rest = [shape if new else shape[:at] + shape[at + 1 :] for shape in shapes]
-    if any(other != rest[0] for other in rest) or not (new or shapes[0]):
+    if any(other != rest[0] for other in rest):
         raise RuntimeError(f"shapes that cannot be joined: {shapes}")
     length = len(shapes) if new else sum(shape[at] for shape in shapes)
     return tensors[0].new_empty([*rest[0][:at], length, *rest[0][at:]])

@@ -1,7 +1,9 @@
 """Published weights into a module without memory, and back: equal numbers, strict, and little beside the model."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,15 +19,18 @@ from tests.parity.noise import noise
 from vlm.model.language import Decoder, llama
 from vlm.model.weights.conversion import SCALAR, Transposed
 from vlm.model.weights.fill import fill
+from vlm.model.weights.hollow import Hollow, hollow
 from vlm.model.weights.llama import llama_table
 from vlm.model.weights.rows import Experts, Row, linear
 from vlm.model.weights.save import save
 from vlm.model.weights.source import open_weights
 from vlm.model.weights.table import Table
 
+ROOT = Path(__file__).parents[2]
+
 
 def empty(tied: bool = False, dim: int = 16) -> Decoder:
-    with torch.device("meta"):
+    with hollow():
         return llama(99, dim, 2, 4, 2, tied=tied)
 
 
@@ -57,7 +62,7 @@ def published(tmp_path: Path) -> Path:
 def test_a_sharded_folder_of_transformers_and_the_way_back(published: Path, tmp_path: Path) -> None:
     assert len(list(published.glob("*.safetensors"))) > 2
     theirs = LlamaForCausalLM.from_pretrained(published).eval()
-    with torch.device("meta"):
+    with hollow():
         ours = llama(99, 32, 2, 4, 2, hidden=96, eps=1e-6, tied=False)
     fill(ours, llama_table(False), open_weights(published))
     assert logit_gap(ours.eval(), theirs) < 1e-5
@@ -165,7 +170,7 @@ def toy() -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_every_kind_of_tensor(tmp_path: Path, dtype: torch.dtype | None) -> None:
     save_file(weights := toy(), tmp_path / "toy.safetensors")
-    with torch.device("meta"):
+    with hollow():
         module = Toy()
     fill(module, TOY, open_weights(tmp_path), dtype, keep=["scale"])
     assert all(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
@@ -194,7 +199,7 @@ def test_a_tied_tensor_may_come_by_any_of_its_names_or_by_all_if_equal(tmp_path:
             {n: t for n, t in weights.items() if n in given or n not in ("embed", "head")},
             tmp_path / "t.pt.safetensors",
         )
-        with torch.device("meta"):
+        with hollow():
             module = Toy()
         if not fits:
             with pytest.raises(
@@ -213,7 +218,7 @@ def test_a_tied_tensor_may_come_by_any_of_its_names_or_by_all_if_equal(tmp_path:
 
 def test_a_buffer_that_nothing_makes_is_named_before_anything_is_read(tmp_path: Path) -> None:
     save_file(toy(), tmp_path / "toy.safetensors")
-    with torch.device("meta"):
+    with hollow():
         module = Toy(maker=False)
     with pytest.raises(ValueError, match=r"^no file holds rotary\.turn, and no init_non_persistent_buffers\(\) makes"):
         fill(module, TOY, open_weights(tmp_path))
@@ -226,7 +231,7 @@ def test_all_that_differs_is_told_at_once_and_nothing_is_read(tmp_path: Path, mo
     weights |= {"stranger": torch.zeros(2), "qkv.weight": torch.zeros(9, 4), "scale": torch.zeros(2)}
     save_file(weights, tmp_path / "toy.safetensors")
     monkeypatch.setattr("vlm.model.weights.source.InFile.into", lambda *_: pytest.fail("read"))
-    with torch.device("meta"):
+    with hollow():
         module = Toy()
     with pytest.raises(ValueError, match="does not fit this model") as told:
         fill(module, TOY, open_weights(tmp_path))
@@ -246,7 +251,7 @@ def test_all_that_differs_is_told_at_once_and_nothing_is_read(tmp_path: Path, mo
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_little_memory_beside_the_model(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    with torch.device("meta"):
+    with hollow():
         sizes = llama(32000, 512, 2, 8, tied=False)
     published = llama_table(False).to_theirs({n: torch.zeros(t.shape) for n, t in sizes.state_dict().items()})
     save_file(published, tmp_path / "model.safetensors")
@@ -294,3 +299,58 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     with pytest.raises(ValueError, match=r"holds model\.safetensors already; choose another folder, or remove it"):
         save(model, llama_table(False), tmp_path)
+
+
+def test_nothing_slow_is_imported_for_shapes(tmp_path: Path) -> None:
+    """In a process of its own: neither to build a module without memory, nor to plan how it is filled."""
+    model = llama(9, 8, 1, 2, tied=True)
+    published = model.state_dict()
+    halves = {f"embed.{i}": part.clone() for i, part in enumerate(published.pop("embedding.weight").split([4, 5]))}
+    save_file(published | halves, tmp_path / "model.safetensors")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from vlm.model.language import llama\n"
+        "from vlm.model.weights.fill import fill\n"
+        "from vlm.model.weights.hollow import hollow\n"
+        "from vlm.model.weights.source import open_weights\n"
+        "from vlm.model.weights.rows import Row
+from vlm.model.weights.table import Table\n"
+        "with hollow():\n"
+        "    model = llama(9, 8, 1, 2)\n"
+        "rows = [Row(n, n) for n in model.state_dict() if n != 'embedding.weight']\n"
+        "rows.append(Row(('embed.0', 'embed.1'), 'embedding.weight'))\n"
+        "fill(model, Table('halves', tuple(rows)), open_weights(Path(sys.argv[1])))\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_joined_by_shape_as_torch_does_it(join: Callable[..., Tensor], dim: int) -> None:
+    for shapes in ([(2, 3), (2, 3)], [(2, 3), (4, 3)], [(2, 3), (2, 5)], [(2,), (3,)], [(2, 3), (2,)], [(), ()]):
+        real, empty = ([torch.ones(shape, device=d, dtype=torch.half) for shape in shapes] for d in ("cpu", "meta"))
+        try:
+            expected = join(real, dim)
+        except (RuntimeError, IndexError):
+            expected = None
+        with Hollow():
+            if expected is None:
+                with pytest.raises((RuntimeError, IndexError)):
+                    join(empty, dim=dim)
+            else:
+                assert join(empty, dim).shape == join(empty, dim=dim).shape == expected.shape
+                assert join(empty, dim).dtype == torch.half and torch.equal(join(real, dim), join(real, dim=dim))
+
+
+def test_hollow_modules_draw_no_numbers_and_leave_others_alone() -> None:
+    before = torch.get_rng_state()
+    with hollow():
+        model = llama(99, 16, 2, 4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert bool(nn.Linear(3, 3).weight.any())

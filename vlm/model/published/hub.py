@@ -9,7 +9,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from vlm.model.weights.source import FOLDER, PICKLES, SAFE
+from vlm.model.weights.layout import FOLDER, PICKLES, SAFE
 
 NAME = re.compile(r"(?!.*(?:--|\.\.))(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 SMALL = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers, templates
@@ -29,7 +29,7 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Path:
     ValueError: neither a path nor a name; not on the hub, gated or out of reach, and not in the cache.
     """
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if str(name_or_path) and path.exists():
         if revision is not None:
             raise ValueError(f"{path} lies on this disk: a revision ({revision}) is for names on the hub")
         return path
@@ -87,7 +87,9 @@ def _fetch(name: str, revision: str | None) -> Path:
 
     label = name if revision is None else f"{name}@{revision}"
     if constants.HF_HUB_OFFLINE:
-        return _cached(name, revision, f"{label} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it")
+        return _cached(
+            name, revision, f"{label} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it: unset that,"
+        )
     try:
         siblings = HfApi().model_info(name, revision=revision).siblings or []
         patterns = [escape(file) for file in wanted([file.rfilename for file in siblings])]

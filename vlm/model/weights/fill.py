@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlm.model.weights.conversion import Stacked
 from vlm.model.weights.files import differences, refuse, shape
+from vlm.model.weights.hollow import Hollow
 from vlm.model.weights.rows import Unit
 from vlm.model.weights.source import Weights
 from vlm.model.weights.table import Table
@@ -85,7 +86,7 @@ def fill(
     device: torch.device | str = "cpu",
     keep: Sequence[str] = (),
 ) -> None:
-    """Gives a module that was built on the meta device its published weights; they are all that takes memory.
+    """Gives a module that was built on the meta device (`hollow`) its published weights, which are all it takes up.
 
     `dtype`: of floating tensors (None: as published), except of ours whose name a pattern in `keep` matches whole.
     Buffers that are in no file go to the device, or are made there by their module (`init_non_persistent_buffers`).
@@ -120,8 +121,9 @@ def plan(slots: Slots, table: Table, weights: Weights) -> list[Unit]:
     made, odd = dict[str, Tensor](), set[str]()
     for unit in units:
         try:
-            made |= unit.to_ours(weights)
-        except (RuntimeError, ValueError):  # from the conversion, of shapes that it cannot join or cut
+            with Hollow():
+                made |= unit.to_ours(weights)
+        except (RuntimeError, ValueError, IndexError):  # from a conversion, of shapes that it cannot join or cut
             shapes = ", ".join(f"{name} {shape(weights[name])}" for name in unit.theirs)
             problems.append(f"other shape: {shapes} cannot become {', '.join(unit.ours)}")
             odd |= set(unit.ours)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlm.model.weights.layout import FOLDER, INDEX, SINGLE
 from vlm.model.weights.rows import Unit
-from vlm.model.weights.source import FOLDER, INDEX, SINGLE
 from vlm.model.weights.table import Table
 
 

@@ -16,10 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlm.model.weights.layout import FOLDER, INDEX, PICKLES, SAFE
+
 PIECE = 2**20  # numbers that are cast, or sent to a device, at once
-SAFE, PICKLES = ".safetensors", (".bin", ".pth", ".pt", ".ckpt")
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FOLDER = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # by preference
 WRAPPERS = ("state_dict", "model", "module")
 DTYPES = {
     "F64": torch.float64,
@@ -186,7 +185,7 @@ def _open(path: Path) -> dict[str, Stored]:
 def _indexed(index: Path) -> dict[str, Stored]:
     listed = _listing(index)
     shards = sorted(set(listed.values()))
-    if odd := [name for name in shards if Path(name).name != name]:
+    if odd := [name for name in shards if Path(name).name != name or name == ".."]:
         raise ValueError(f"{index}: names shards outside its folder: {_shown(odd)}")
     if absent := [name for name in shards if not (index.parent / name).is_file()]:
         raise ValueError(f"{index}: names shards that are not there: {_shown(absent)}; fetch them into the same folder")

@@ -145,7 +145,7 @@ def test_changed_facts_are_noticed(name: str, change: dict[str, Any], tmp_path: 
         ({"vision_cfg": {**VIT, "layers": [3, 4, 6, 3]}}, r"vision_cfg: layers=\[3, 4, 6, 3\]: a ResNet"),
         ({"vision_cfg": {**VIT, "attentional_pool": True}}, r"vision_cfg: .*attentional_pool=True"),
         ({"vision_cfg": {**VIT, "wings": 2}}, r"vision_cfg: no settings of open_clip's: wings"),
-        ({"multimodal_cfg": {}}, r"model_cfg: no settings of open_clip's: multimodal_cfg"),
+        ({"wings": 2}, r"model_cfg: no settings of open_clip's: wings"),
         ({"vision_cfg": {**TIMM, "timm_pool": "avg"}}, r"vision_cfg: .*timm_pool='avg'"),
         (
             {"vision_cfg": {"timm_model_name": "vitt", "timm_pool": "map", "timm_proj": "none"}},

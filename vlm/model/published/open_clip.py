@@ -1,26 +1,17 @@
-"""open_clip's published folders: CLIP and SigLIP from open_clip_config.json, with its own image towers or timm's."""
+"""open_clip's published folders: CLIP and SigLIP from open_clip_config.json; CoCa, which has its own file, too."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from open_clip.transformer import VisionTransformer as OwnVit
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vlm.model.connector import AttentionPool, FirstToken
 from vlm.model.heads import ContrastiveHead
-from vlm.model.published.clip import open_clip_vit
+from vlm.model.published.coca import coca_part
+from vlm.model.published.open_clip_towers import image_tower, known, text_tower
 from vlm.model.published.part import Part, Settings
-from vlm.model.published.vit import real_buffers, timm_model
-from vlm.model.text import PaddedTextEncoder, TextEncoder
-from vlm.model.vision import ImageEncoder, TimmBackbone, open_clip_backbone, open_clip_transform
+from vlm.model.published.vit import real_buffers
 from vlm.model.vlm import VisionLanguageModel
-from vlm.model.weights.open_clip import open_clip_table, own_vit_table, timm_map_table, timm_token_table
-from vlm.model.weights.table import Table
-from vlm.nn.ffn import Mlp, QuickGELU
+from vlm.model.weights.open_clip import open_clip_table
 
 MODEL = {
     "quick_gelu": False,
@@ -29,29 +20,21 @@ MODEL = {
     "init_logit_scale": None,
     "nonscalar_logit_scale": False,
 }
-PLAIN = ("block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
-
-
-class Tower(NamedTuple):
-    """An image tower with what makes one vector of its tokens, and the table of both."""
-
-    vision: ImageEncoder
-    pool: FirstToken | AttentionPool
-    projection: nn.Module
-    table: Table
 
 
 def open_clip_part(values: Mapping[str, Any], where: str, pad: int | None = None) -> Part:
-    """The two towers that an open_clip_config.json describes, with the transform of its preprocess_cfg.
+    """The CLIP, SigLIP or CoCa that an open_clip_config.json describes, with the transform of its preprocess_cfg.
 
     `pad`: the tokenizer's, where texts see their padding (SigLIP). ValueError: settings that our parts do not have,
     such as a text tower of Hugging Face's.
     """
     s = Settings(values, where, {"preprocess_cfg": {}})
-    model = _known(s.section("model_cfg", MODEL), extra=("embed_dim", "vision_cfg", "text_cfg"))
+    if "multimodal_cfg" in s["model_cfg"]:
+        return coca_part(s)
+    model = known(s.section("model_cfg", MODEL), extra=("embed_dim", "vision_cfg", "text_cfg"))
     model.expect(nonscalar_logit_scale=(False,))
-    tower = _tower(model, s["preprocess_cfg"])
-    text, bias = open_clip_text(model, pad)
+    tower = image_tower(model, s["preprocess_cfg"])
+    text, bias = text_tower(model, pad)
     logit_bias = model["init_logit_bias"]
     module = VisionLanguageModel(
         tower.vision,
@@ -70,95 +53,3 @@ def open_clip_part(values: Mapping[str, Any], where: str, pad: int | None = None
     # A bias of the logits is kept only by the class that keeps its towers apart, and so is a tower of timm's often.
     prefix = "text." if model["custom_text"] else ""
     return Part(module, open_clip_table(tower.table, prefix, bias, logit_bias is not None))
-
-
-def _tower(model: Settings, preprocess: Mapping[str, Any]) -> Tower:
-    s = _known(model.section("vision_cfg", asdict(CLIPVisionCfg())))
-    preprocess = {"size": s["image_size"], **preprocess}
-    if s["timm_model_name"]:
-        return _timm_tower(s, preprocess, model["embed_dim"])
-    s.expect(attentional_pool=(False,), pool_type=("tok",), no_ln_pre=(False,), final_ln_after_pool=(False,))
-    s.expect(**dict.fromkeys(PLAIN, (None, False)), ls_init_value=(None,), pos_embed_type=("learnable",))
-    if not isinstance(s["layers"], int):
-        raise ValueError(f"{s.where}: layers={s['layers']}: a ResNet, which has no class token to compare")
-    vision = ImageEncoder(open_clip_backbone(own_vit(s, model["quick_gelu"])), open_clip_transform(preprocess))
-    projection = nn.Linear(vision.dim, model["embed_dim"], bias=False)
-    return Tower(vision, FirstToken(vision.dim), projection, own_vit_table())
-
-
-def own_vit(s: Settings, quick: bool) -> OwnVit:
-    """open_clip's ViT in the sizes of a vision_cfg, without its projection."""
-    return open_clip_vit(
-        s["image_size"],
-        s["patch_size"],
-        s["width"],
-        s["layers"],
-        s["width"] // s["head_width"],
-        int(s["width"] * s["mlp_ratio"]),
-        activation(s, quick),
-        (s["norm_kwargs"] or {}).get("eps", 1e-5),
-    )
-
-
-def activation(s: Settings, quick: bool) -> Callable[[], nn.Module]:
-    """Of a tower's blocks."""
-    s.expect(act_kwargs=(None, {}, {"approximate": "tanh"}))
-    if quick and s["act_kwargs"]:
-        raise ValueError(f"{s.where}: act_kwargs={s['act_kwargs']} beside quick_gelu, which takes none")
-    return QuickGELU if quick else partial(nn.GELU, **(s["act_kwargs"] or {}))
-
-
-def _timm_tower(s: Settings, preprocess: Mapping[str, Any], embed: int) -> Tower:
-    s.expect(timm_pool=("token", "map"), timm_proj=(None, "", "none"))
-    name, pool = s["timm_model_name"], s["timm_pool"]
-    model = timm_model(name, s.where, num_classes=0, global_pool=pool)
-    projected = s["timm_proj"] != "none"
-    if pool == "token":
-        if not projected or not isinstance(getattr(model, "fc_norm", None), nn.Identity):
-            raise ValueError(f"{s.where}: a class token of timm's {name} that is not normalised and then projected")
-        vision = ImageEncoder(TimmBackbone(model), open_clip_transform(preprocess))
-        return Tower(vision, FirstToken(vision.dim), nn.Linear(vision.dim, embed), timm_token_table())
-    if projected or not isinstance(model, VisionTransformer):
-        raise ValueError(
-            f"{s.where}: timm's {name} with timm_pool=map: only a ViT without projection is known (SigLIP)"
-        )
-    connector = pool_of(model)
-    vision = ImageEncoder(TimmBackbone(model, class_token="drop"), open_clip_transform(preprocess))
-    return Tower(vision, connector, nn.Identity(), timm_map_table(vision.dim))
-
-
-def pool_of(model: VisionTransformer) -> AttentionPool:
-    """Our pool in the sizes of timm's, which is taken off the model."""
-    pool: Any = model.attn_pool
-    dim: int = model.embed_dim
-    ffn = Mlp(dim, pool.mlp.fc1.out_features, pool.mlp.act)
-    model.register_module("attn_pool", None)
-    return AttentionPool(dim, dim, 1, pool.num_heads, ffn, ffn_norm=nn.LayerNorm(dim, eps=pool.norm.eps))
-
-
-def open_clip_text(model: Settings, pad: int | None) -> tuple[TextEncoder, bool]:
-    """The text tower of a text_cfg, and whether its projection has a bias."""
-    s = _known(model.section("text_cfg", asdict(CLIPTextCfg())))
-    s.expect(hf_model_name=(None,), embed_cls=(False,), proj_type=("linear",), ls_init_value=(None,))
-    s.expect(**dict.fromkeys(PLAIN, (None, False)), final_ln_after_pool=(False,))
-    whole = s["no_causal_mask"]
-    s.expect(pool_type=("last",) if whole else ("argmax", "eos"))
-    sizes = (
-        s["vocab_size"],
-        s["width"],
-        s["layers"],
-        s["heads"],
-        s["context_length"],
-        activation(s, model["quick_gelu"]),
-    )
-    options = {"hidden": int(s["width"] * s["mlp_ratio"]), "eps": (s["norm_kwargs"] or {}).get("eps", 1e-5)}
-    if whole:
-        return PaddedTextEncoder(*sizes, pad=s["pad_id"] if pad is None else pad, **options), s["proj_bias"]
-    return TextEncoder(*sizes, **options), s["proj_bias"]
-
-
-def _known(s: Settings, extra: tuple[str, ...] = ()) -> Settings:
-    """The same, after refusing settings that open_clip itself would not know."""
-    if strangers := [name for name in s.given if name not in s.defaults and name not in extra]:
-        raise ValueError(f"{s.where}: no settings of open_clip's: {', '.join(strangers)}")
-    return s

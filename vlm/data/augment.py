@@ -56,11 +56,16 @@ class Augment:
     def split(self, transform: ImageTransform) -> "tuple[Cut | None, Augment | None]":
         """What is done to each picture before it is resized, and what is left for the batch.
 
-        Cuts that are turned or shifted as well, and those of padded pictures ("longest"), show what lies around them:
+        Cuts that are turned or shifted as well, and those of padded pictures, show what lies around them:
         they are left for the batch.
         """
         cut = Cut(transform, self.scale, self.ratio, self.flip)
-        if self.rotate or self.shift or self.scale[1] > 1 or (transform.resize == "longest" and not cut.whole):
+        if (
+            self.rotate
+            or self.shift
+            or self.scale[1] > 1
+            or (transform.resize in ("longest", "padded") and not cut.whole)
+        ):
             return None, self
         rest = replace(self, scale=(1.0, 1.0), ratio=0.0, flip=False)
         nothing = replace(Augment(), erase_area=self.erase_area)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no EPS or the like: some of them start programs
 MAX_ASPECT = 200  # resized to a square's height, a longer sliver would need gigabytes
+LARGEST = 8192  # side of a square that a picture is padded to; longer ones are made smaller first
 HUGE = 2**24  # bytes, from which on huge pages are asked for
 TRAITS = ("grey", "palette", "CMYK", "alpha", "16 bit", "float", "turned by EXIF", "animated")
 
@@ -45,6 +46,7 @@ class BadSample(Exception):
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
+Resize = Literal["shortest", "squash", "longest", "padded"]
 Least = Callable[[int, int], int]  # from width and height: the pixels that the shorter side of a picture must keep
 
 
@@ -163,18 +165,21 @@ class ImageTransform:
 
     Values differ from PIL's by rounding alone: seldom by one of 255 levels, hardly ever by two.
     `size` is (height, width). "shortest" fits the shorter side and cuts the middle, "squash" ignores proportions,
-    "longest" fits the longer side and pads with `fill`. `crop_fraction` (timm's crop_pct): share of the sides kept.
-    `scaled`: large JPEGs are decoded at a fraction of their size first; faster, and a little different.
+    "longest" fits the longer side and pads with `fill`, "padded" pads to a square first (LLaVA). `crop_fraction`
+    (timm's crop_pct): share of the sides kept. `scaled`: large JPEGs are decoded at a fraction of their size first;
+    faster, and a little different. `floored`: a middle between two pixels is at the first, not at the even one
+    (transformers' processors).
     """
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resize: Literal["shortest", "squash", "longest"] = "shortest"
+    resize: Resize = "shortest"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     crop_fraction: float = 1.0
     fill: tuple[int, int, int] = (0, 0, 0)
     scaled: bool = False
+    floored: bool = False
 
     def read(self, data: bytes) -> UInt8[Tensor, "3 H W"]:
         """As `pixels`, from the bytes of a file. BadSample."""
@@ -182,8 +187,10 @@ class ImageTransform:
 
     def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 H W"]:
         """The resized and cropped picture, 0..255."""
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        pixels = self.resized(as_pixels(rgb), self._resized(rgb.height, rgb.width))
+        pixels = as_pixels(image if image.mode == "RGB" else image.convert("RGB"))
+        if self.resize == "padded":
+            pixels = self._square(pixels)
+        pixels = self.resized(pixels, self._resized(pixels.shape[1], pixels.shape[2]))
         return self._centred(pixels).contiguous()
 
     def resized(self, pixels: UInt8[Tensor, "3 h w"], size: tuple[int, int]) -> UInt8[Tensor, "3 H W"]:
@@ -211,7 +218,7 @@ class ImageTransform:
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         target_h, target_w = (math.floor(side / self.crop_fraction) for side in self.size)
-        if self.resize == "squash":
+        if self.resize in ("squash", "padded"):
             return target_h, target_w
         if self.resize == "shortest" and target_h == target_w:  # torchvision cuts off the fraction, the others round
             short = min(height, width)
@@ -226,12 +233,26 @@ class ImageTransform:
 
     def _centred(self, pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 H W"]:
         height, width = self.size
-        _, given_h, given_w = pixels.shape
-        if given_w < width or given_h < height:
-            short_w, short_h = max(width - given_w, 0), max(height - given_h, 0)
-            fill = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1)
-            canvas = fill.expand(3, given_h + short_h, given_w + short_w).clone()
-            canvas[:, short_h // 2 : short_h // 2 + given_h, short_w // 2 : short_w // 2 + given_w] = pixels
-            pixels = canvas
-        top, left = round((pixels.shape[1] - height) / 2), round((pixels.shape[2] - width) / 2)
+        pixels = self._on_canvas(pixels, max(height, pixels.shape[1]), max(width, pixels.shape[2]))
+        top, left = self._middle(pixels.shape[1] - height), self._middle(pixels.shape[2] - width)
         return pixels[:, top : top + height, left : left + width]
+
+    def _square(self, pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 H H"]:
+        height, width = pixels.shape[1:]
+        if (shrink := max(height, width) / LARGEST) > 1:  # a sliver's square would take gigabytes
+            pixels = self.resized(pixels, (max(1, round(height / shrink)), max(1, round(width / shrink))))
+        side = max(pixels.shape[1:])
+        return self._on_canvas(pixels, side, side)
+
+    def _middle(self, spare: int) -> int:
+        return spare // 2 if self.floored else round(spare / 2)
+
+    def _on_canvas(self, pixels: UInt8[Tensor, "3 h w"], height: int, width: int) -> UInt8[Tensor, "3 H W"]:
+        """In the middle of at least its own size, filled around."""
+        _, given_h, given_w = pixels.shape
+        if (given_h, given_w) == (height, width):
+            return pixels
+        top, left = (height - given_h) // 2, (width - given_w) // 2
+        canvas = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1).expand(3, height, width).clone()
+        canvas[:, top : top + given_h, left : left + given_w] = pixels
+        return canvas

@@ -16,12 +16,11 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm.data.image import ImageTransform
+from vlm.data.image import ImageTransform, Resize
 from vlm.model.weights.files import load_into, read
 from vlm.nn.adapter import train_dropout
 
 ClassToken = Literal["keep", "drop"]
-Resize = Literal["shortest", "squash", "longest"]
 
 
 class ImageEncoder(nn.Module):
@@ -300,16 +299,21 @@ def from_open_clip(
     """The image tower of an open_clip model that exists already."""
     visual = model.visual
     assert isinstance(visual, nn.Module)
-    config = open_clip.get_model_preprocess_cfg(model)
-    size = config.get("size", 224)
-    transform = ImageTransform(
+    transform = open_clip_transform(open_clip.get_model_preprocess_cfg(model))
+    return ImageEncoder(open_clip_backbone(visual, layer, class_token), transform, frozen, dtype)
+
+
+def open_clip_transform(config: Mapping[str, Any]) -> ImageTransform:
+    """Of a preprocess_cfg; CLIP's where it says nothing."""
+    size, grey = config.get("size", 224), config.get("fill_color", 0)
+    return ImageTransform(
         size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         mean=tuple(config.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         std=tuple(config.get("std") or open_clip.OPENAI_DATASET_STD),
         resize=config.get("resize_mode") or "shortest",
         interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
+        fill=(grey, grey, grey),
     )
-    return ImageEncoder(open_clip_backbone(visual, layer, class_token), transform, frozen, dtype)
 
 
 def open_clip_backbone(visual: nn.Module, layer: int = -1, class_token: ClassToken = "keep") -> nn.Module:

@@ -4,7 +4,7 @@ from vlm.model.weights.conversion import SCALAR, Reshaped, Transposed
 from vlm.model.weights.rows import Row, Subtree, linear
 from vlm.model.weights.table import Table, system
 
-VISUAL = "vision.backbone.visual."
+VISUAL, TRUNK = "vision.backbone.visual.", "vision.backbone.model."
 
 
 def mha_rows(theirs: str, ours: str) -> list[Row]:
@@ -39,20 +39,53 @@ def open_clip_text_table() -> Table:
     return Table("open_clip text tower", tuple(rows), ignored=(r"attn_mask",))
 
 
-def open_clip_table(text: str = "") -> Table:
-    """OpenAI's and open_clip's CLIP whose image tower is open_clip's ViT, run here as it is without its projection.
+def open_clip_table(image: Table | None = None, text: str = "", bias: bool = False, logit_bias: bool = False) -> Table:
+    """OpenAI's and open_clip's two towers; `image`: table of the image tower, open_clip's own ViT unless given.
 
-    `text`: what the names of the text tower start with ("text." in `CustomTextCLIP`). OpenAI's files also hold three
-    numbers that are no weights.
+    `text`: what the names of the text tower start with ("text." in `CustomTextCLIP`); `bias`: its projection has one.
+    OpenAI's files also hold three numbers that are no weights.
     """
-    heads = [
-        Row(f"{text}text_projection", "contrast.text.weight", Transposed()),
-        Row("visual.proj", "contrast.image.weight", Transposed()),
-        Row("logit_scale", "contrast.log_scale", SCALAR),
+    rows = [Row("logit_scale", "contrast.log_scale", SCALAR)]
+    rows += [Row("logit_bias", "contrast.logit_bias", SCALAR)] if logit_bias else []
+    projection = f"{text}text_projection"
+    rows += linear(projection, "contrast.text") if bias else [Row(projection, "contrast.text.weight", Transposed())]
+    numbers = ("input_resolution", "context_length", "vocab_size")
+    return system(
+        "open_clip",
+        own_vit_table() if image is None else image,
+        open_clip_text_table().under(text, "text."),
+        Table("", tuple(rows), ignored=numbers),
+    )
+
+
+def own_vit_table() -> Table:
+    """open_clip's ViT, which runs here as it is, without its projection."""
+    rows = Subtree("visual.", VISUAL, but=("proj",)), Row("visual.proj", "contrast.image.weight", Transposed())
+    return Table("open_clip image tower", rows)
+
+
+def timm_token_table() -> Table:
+    """A tower of timm's in open_clip whose class token is projected by the classifier."""
+    body = Subtree("visual.trunk.", TRUNK, but=(r"head\..*",))
+    return Table("open_clip image tower of timm", (body, *linear("visual.trunk.head", "contrast.image")))
+
+
+def timm_map_table(width: int) -> Table:
+    """A tower of timm's in open_clip whose patches an attention pool makes one vector of: SigLIP."""
+    theirs, ours = "visual.trunk.attn_pool", "connector"
+    rows = [
+        Row(f"{theirs}.latent", f"{ours}.queries", Reshaped((1, 1, width), (1, width))),
+        *linear(f"{theirs}.q", f"{ours}.attention.query"),
+        *(
+            Row(f"{theirs}.kv.{part}", tuple(f"{ours}.attention.{name}.{part}" for name in ("key", "value")))
+            for part in ("weight", "bias")
+        ),
+        *linear(f"{theirs}.proj", f"{ours}.attention.out"),
+        *linear(f"{theirs}.norm", f"{ours}.ffn_norm"),
+        *linear(f"{theirs}.mlp.fc1", f"{ours}.ffn.up"),
+        *linear(f"{theirs}.mlp.fc2", f"{ours}.ffn.down"),
     ]
-    tower = Table("open_clip image tower", (Subtree("visual.", VISUAL, but=("proj",)),))
-    numbers = Table("", (), ignored=("input_resolution", "context_length", "vocab_size"))
-    return system("open_clip", tower, open_clip_text_table().under(text, "text."), Table("", tuple(heads)), numbers)
+    return Table("open_clip image tower of timm", (Subtree("visual.trunk.", TRUNK, but=(r"attn_pool\..*",)), *rows))
 
 
 def hf_clip_table() -> Table:

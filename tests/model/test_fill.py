@@ -314,8 +314,8 @@ def test_nothing_slow_is_imported_for_shapes(tmp_path: Path) -> None:
         "from vlm.model.weights.fill import fill\n"
         "from vlm.model.weights.hollow import hollow\n"
         "from vlm.model.weights.source import open_weights\n"
-        "from vlm.model.weights.rows import Row
-from vlm.model.weights.table import Table\n"
+        "from vlm.model.weights.rows import Row\n"
+        "from vlm.model.weights.table import Table\n"
         "with hollow():\n"
         "    model = llama(9, 8, 1, 2)\n"
         "rows = [Row(n, n) for n in model.state_dict() if n != 'embedding.weight']\n"

@@ -1,7 +1,9 @@
 """CoCa's weights in open_clip's layout."""
 
+from vlm.model.weights.conversion import SCALAR, Transposed
 from vlm.model.weights.open_clip import VISUAL, block_rows, mha_rows
-from vlm.model.weights.table import SCALAR, Row, Subtree, Table, Transposed, linear
+from vlm.model.weights.rows import Row, Subtree, linear
+from vlm.model.weights.table import Table
 
 
 def coca_table(decoder_layers: int, fused: bool, logit_bias: bool = False) -> Table:

@@ -134,7 +134,12 @@ class Made:
         self.optimizer = make_optimizer(self.model, decided, run.train.betas)
         self.task = Task(self.model, [objective(loss, self.tokenizer, run.train.accumulate) for loss in run.losses])
         self.loader = build.training_loader(
-            run, self.shards, self.model.vision.transform, self.tokenizer, self.model.image_tokens
+            run,
+            self.shards,
+            self.model.vision.transform,
+            self.tokenizer,
+            self.model.image_tokens,
+            self.model.reply_start,
         )
         self.run = run
         self.passes = Passes(self.task, torch.float32)

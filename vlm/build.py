@@ -292,9 +292,17 @@ def shard_cache(settings: schema.PairData) -> Cache:
 
 
 def training_loader(
-    run: schema.Run, source: Pictures, transform: Transform, tokens: Tokenizer, image_tokens: int
+    run: schema.Run,
+    source: Pictures,
+    transform: Transform,
+    tokens: Tokenizer,
+    image_tokens: int,
+    reply_start: int | None = None,
 ) -> Loader:
-    """Endless batches for training, augmented. Errors: features, which cannot be."""
+    """Endless batches for training, augmented. Errors: features, which cannot be.
+
+    `image_tokens`, `reply_start`: of the model.
+    """
     data = run.pairs
     if isinstance(source, FeatureShards) and data.augment is not None:
         raise ValueError(
@@ -311,6 +319,7 @@ def training_loader(
         max_tokens=data.max_tokens,
         template=data.prompt if run.model.language is not None else None,
         image_tokens=image_tokens,
+        reply_start=reply_start,
         captions_per_image=data.captions_per_image,
         keep_first=data.keep_first_caption,
         augment=None if data.augment is None else Augment(**data.augment.model_dump()),
@@ -322,9 +331,14 @@ def training_loader(
 
 
 def evaluation_loader(
-    run: schema.Run, source: Pictures, transform: Transform, tokens: Tokenizer, image_tokens: int = 0
+    run: schema.Run,
+    source: Pictures,
+    transform: Transform,
+    tokens: Tokenizer,
+    image_tokens: int = 0,
+    reply_start: int | None = None,
 ) -> Loader:
-    """Every sample once, as it is, with all its captions."""
+    """Every sample once, as it is, with all its captions; `image_tokens` and `reply_start` are the model's."""
     return Loader(
         source,
         transform,
@@ -333,6 +347,7 @@ def evaluation_loader(
         max_tokens=run.pairs.max_tokens,
         template=run.pairs.prompt if run.model.language is not None else None,
         image_tokens=image_tokens,
+        reply_start=reply_start,
         captions_per_image=0,
         shuffle=False,
     )

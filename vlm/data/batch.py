@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vlm.data.reply import apart
 from vlm.data.shards import Sample
 from vlm.data.text import Encoded, Tokenizer, encode_caption, encode_prompt
 from vlm.nn.tokens import IGNORE
@@ -103,7 +104,7 @@ class Batch:
 
 
 def pad(encoded: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] = "right") -> Text:
-    """Texts of different length as one rectangle, filled up on `side` (left: for generation)."""
+    """Texts of different length as one rectangle, filled up on `side` (left: for generation); replies likewise."""
     lengths = np.array([len(text.ids) for text in encoded], dtype=np.int64)
     width = int(lengths.max(initial=0))
     place, gaps = np.arange(width), (width - lengths)[:, None]
@@ -115,14 +116,23 @@ def pad(encoded: Sequence[Encoded], pad_id: int, side: Literal["left", "right"] 
         return torch.from_numpy(filled)
 
     ids, labels = rows((text.ids for text in encoded), pad_id), rows((text.labels for text in encoded), IGNORE)
-    return Text(ids, torch.from_numpy(valid), labels, bool(valid.all()))
+    replies = [text.reply for text in encoded if text.reply is not None]
+    assert len(replies) in (0, len(encoded)), "all texts of a batch have a reply, or none"
+    reply = pad(replies, pad_id, side) if replies else None
+    return Text(ids, torch.from_numpy(valid), labels, bool(valid.all()), reply)
 
 
 def collate(
-    samples: Sequence[Sample], tokenizer: Tokenizer, max_tokens: int, template: str | None, image_tokens: int
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    template: str | None,
+    image_tokens: int,
+    reply_start: int | None = None,
 ) -> Batch:
     """One batch of all captions of the samples; prompts only with a `template`. Images must be of one size.
 
+    `reply_start`: the token with which answers begin where they stand apart from the prompts (encoder-decoders).
     ValueError when no token is supervised: such a batch would train nothing and its mean loss is 0 / 0.
     """
     strings = [caption for sample in samples for caption in sample.captions]
@@ -131,6 +141,8 @@ def collate(
     prompts = None
     if template is not None:
         filled = [encode_prompt(tokenizer, template, text, image_tokens, max_tokens) for text in strings]
+        if reply_start is not None:
+            filled = [apart(text, reply_start, tokenizer.eos) for text in filled]
         prompts = pad(filled, tokenizer.pad)
     if not (captions.labels != IGNORE).any():
         raise ValueError(

@@ -59,6 +59,7 @@ class _Steps(Dataset[_Work]):
 class Loader:
     """Batches for training and for evaluation from one set of shards, or of pictures in any other form.
 
+    `template`, `image_tokens`, `reply_start`: as of `collate`.
     `captions_per_image`: captions drawn per sample in training, the first ones in evaluation; 0: all of them.
     `keep_first`: the first caption of a sample is always among those drawn.
     `window`: samples that are mixed in training, see `Order`; not `shuffle`: in the order of the shards.
@@ -77,6 +78,7 @@ class Loader:
         max_tokens: int,
         template: str | None,
         image_tokens: int,
+        reply_start: int | None = None,
         captions_per_image: int = 1,
         keep_first: bool = False,
         augment: Augment | None = None,
@@ -96,6 +98,7 @@ class Loader:
             raise ValueError(f"seed={seed}: must be from 0 to 2**63 - 1")
         self.shards, self.transform, self.tokenizer, self.batch_size = shards, transform, tokenizer, batch_size
         self.max_tokens, self.template, self.image_tokens = max_tokens, template, image_tokens
+        self.reply_start = reply_start
         self.captions_per_image, self.keep_first = captions_per_image, keep_first
         self.seed, self.cut, self.augment = seed, None, augment
         if augment is not None and isinstance(transform, ImageTransform):
@@ -184,7 +187,8 @@ class Loader:
         return _Work(batch, bad, len(indices))
 
     def _collate(self, samples: list[Sample]) -> Batch:
-        return collate(samples, self.tokenizer, self.max_tokens, self.template, self.image_tokens)
+        wanted = self.max_tokens, self.template, self.image_tokens, self.reply_start
+        return collate(samples, self.tokenizer, *wanted)
 
     def _draw(self, position: int, bad: list[tuple[str, str]]) -> Sample:
         """The sample of a position with its captions drawn; a bad one is replaced by another drawn for it."""

@@ -247,10 +247,14 @@ def _clip_normalizer() -> normalizers.Normalizer:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids with their labels (equal length): the label of a supervised token is its own id, of the others IGNORE."""
+    """Ids with their labels (equal length): the label of a supervised token is its own id, of the others IGNORE.
+
+    `reply`: what an encoder-decoder writes after reading these (`vlm.data.reply`).
+    """
 
     ids: list[int]
     labels: list[int]
+    reply: "Encoded | None" = None
 
 
 def encode_caption(tokenizer: Tokenizer, caption: str, max_tokens: int) -> Encoded:

@@ -34,12 +34,13 @@ def preview(shards: Sequence[str], config: Path | None, out: Path, count: int = 
         raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
     run = None if config is None else read_run(config)
     source = any_shards(schema.PairData(train=list(shards)) if run is None else run.pairs, shards)
-    tokenizer, transform, image_tokens = None, None, 0
+    tokenizer, transform, image_tokens, reply_start = None, None, 0, None
     if run is not None and config is not None:
         tokenizer = read_tokenizer(run, config, shards)
         with torch.device("meta"):  # sizes only: no weights, no memory
             model = build.model(run, tokenizer)
-        transform, image_tokens = need(model.vision, "image encoder").transform, model.image_tokens
+        transform = need(model.vision, "image encoder").transform
+        image_tokens, reply_start = model.image_tokens, model.reply_start
     cells, samples = _chosen(source, transform, count)
     for sample in samples[:texts]:
         if run is None or tokenizer is None:
@@ -47,7 +48,8 @@ def preview(shards: Sequence[str], config: Path | None, out: Path, count: int = 
             continue
         template = run.pairs.prompt if run.model.language is not None else None
         first = Sample(sample.key, sample.id, sample.pixels, sample.captions[:1])
-        print(as_text(collate([first], tokenizer, run.pairs.max_tokens, template, image_tokens), tokenizer))
+        batch = collate([first], tokenizer, run.pairs.max_tokens, template, image_tokens, reply_start)
+        print(as_text(batch, tokenizer))
     draw(cells).save(out)
     print(f"{len(cells)} pictures with their captions: {out}")
 
@@ -72,7 +74,8 @@ def _chosen(source: Pictures, transform: ImageTransform | None, count: int) -> t
 def as_text(batch: Batch, tokenizer: Tokenizer) -> str:
     """The first text of a batch, a line for each token: what it says, its id, whether the loss counts it."""
     text = batch.captions if batch.prompts is None else batch.prompts
-    rows = [("token", "id", "supervised"), *_rows(text, tokenizer)]
+    replies = [] if text.reply is None else _rows(text.reply, tokenizer)
+    rows = [("token", "id", "supervised"), *_rows(text, tokenizer), *replies]
     width = max(len(token) for token, _, _ in rows)
     lines = [f"  {token:<{width}}  {number:>7}  {supervised}" for token, number, supervised in rows]
     return "\n".join([f"{batch.keys[0]}: {batch.strings[0]}", *lines, ""])

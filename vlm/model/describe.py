@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlm.data.batch import pad
+from vlm.data.reply import apart
 from vlm.data.text import Encoded, Tokenizer, encode_prompt
 from vlm.model.beam import Beams, search
 from vlm.model.generate import Decoding, Sampling, generate, stream
@@ -97,14 +98,16 @@ def _start(
     prompt = _prompt(model, tokenizer, template, max_tokens)
     text = pad([prompt] * len(images), tokenizer.pad, side="left").to(images.device)
     out = model.write(model.see(images), text)
-    logits = model.logits(last_valid(out.hidden, text.valid))
-    return _Start(logits, out.state, torch.where(text.valid, text.ids, -1))
+    said = text.written
+    logits = model.logits(last_valid(out.hidden, said.valid))
+    return _Start(logits, out.state, torch.where(said.valid, said.ids, -1))
 
 
 def _prompt(model: VisionLanguageModel, tokenizer: Tokenizer, template: str, max_tokens: int) -> Encoded:
     if model.language is None:
         return Encoded([tokenizer.dec], [tokenizer.dec])
-    return encode_prompt(tokenizer, template, None, model.image_tokens, max_tokens)
+    prompt = encode_prompt(tokenizer, template, None, model.image_tokens, max_tokens)
+    return prompt if model.reply_start is None else apart(prompt, model.reply_start, tokenizer.eos)
 
 
 def _rule(tokenizer: Tokenizer, stop: Sequence[str]) -> StopStrings | None:

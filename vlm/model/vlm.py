@@ -15,6 +15,7 @@ from vlm.data.image import ImageTransform
 from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import Language, splice
 from vlm.model.qformer import QFormer
+from vlm.model.seq2seq import EncoderDecoder
 from vlm.model.text import TextEncoder
 from vlm.nn.block import ImageMemory, Output
 from vlm.nn.state import State
@@ -137,19 +138,36 @@ class VisionLanguageModel(nn.Module):
     def write(self, seen: Seen | None, text: Text) -> Output:
         """Hidden states (M T D) of text m after row m's image: what `logits` turns into next-token logits.
 
-        `seen` is None for text alone; `proceed` continues from the state.
+        `seen` is None for text alone; `proceed` continues from the state. An encoder-decoder reads image and text, and
+        the states are those of `text.reply`. ValueError: it has none.
         """
         if self.language is not None:
+            apart = isinstance(self.language, EncoderDecoder)
             x = self.language.embed(text.ids)
             if seen is not None:
                 x = splice(x, text.ids, seen.soft, IMAGE_ID)
-            read: Output = self.language(Tokens.of(x, causal=True, valid=None if text.full else text.valid))
-            return read
+            tokens = Tokens.of(x, causal=not apart, valid=None if text.full else text.valid)
+            written: Output = self._reply(tokens, text) if apart else self.language(tokens)
+            return written
         qformer = self._qformer("LM without a language model")
         assert seen is not None and seen.state is not None
         start = torch.zeros_like(seen.state.position)
         out = qformer.write(text.ids, text.valid, seen.state, start)
         return out._replace(state=replace(out.state, position=count_positions(text.valid).amax(1) + 1))
+
+    def _reply(self, tokens: Tokens, text: Text) -> Output:
+        """Hidden states of the reply to tokens that an encoder-decoder reads."""
+        if text.reply is None:
+            raise ValueError(
+                "this language model is an encoder-decoder, which writes its answer apart from the prompt: the text "
+                "needs a reply that begins with its start token (collate makes it when told reply_start)"
+            )
+        assert isinstance(self.language, EncoderDecoder)
+        reply = text.reply
+        x = self.language.embed(reply.ids)
+        answer = Tokens.of(x, causal=True, valid=None if reply.full else reply.valid)
+        out: Output = self.language(answer, memory=self.language.read(tokens))
+        return out
 
     def proceed(self, ids: Int[Tensor, "M 1"], state: State) -> tuple[Float[Tensor, "M V"], State]:
         """Logits after one more token of each row."""
@@ -173,6 +191,11 @@ class VisionLanguageModel(nn.Module):
     def image_tokens(self) -> int:
         """Placeholders that one image takes in the text of the language model; 0 where text follows queries."""
         return 0 if self.language is None or self.connector is None else self.connector.tokens
+
+    @property
+    def reply_start(self) -> int | None:
+        """The token that begins what an encoder-decoder writes; None where prompt and answer are one text."""
+        return self.language.start if isinstance(self.language, EncoderDecoder) else None
 
     def _qformer(self, purpose: str) -> QFormer:
         if not isinstance(self.connector, QFormer):

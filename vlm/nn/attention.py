@@ -1,4 +1,4 @@
-"""Self-attention with grouped key/value heads, and cross-attention to an image.
+"""Self-attention with grouped key/value heads, and cross-attention to an image or to a text.
 
 Letters: B batch, S sequence, D width, H heads, G key/value heads, K head width, N image tokens, C image width.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -43,11 +43,13 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         norm: Callable[[int], nn.Module] | None = None,
         window: int | None = None,
+        scale: float | None = None,
     ) -> None:
         """`bias`: of the query, key and value projections; `out_bias` and `key_bias` follow it unless given.
 
         `head_dim`: width of a head, dim / heads unless given. `norm`: of each query and key head before they are
         rotated, made from its width (Qwen3). `window`: how many tokens a query sees, itself included (Mistral).
+        `scale`: of the scores, 1 / sqrt(head_dim) unless given (T5: 1).
         """
         super().__init__()
         self.head_dim = head_width(dim, heads) if head_dim is None else head_dim
@@ -62,6 +64,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * self.head_dim, dim, bias=out_bias)
         self.query_norm, self.key_norm = (None if norm is None else norm(self.head_dim) for _ in range(2))
         self.memory: Everything | Window = Everything() if window is None else Window(window)
+        self.scale = scale
 
     def forward(
         self, x: Float[Tensor, "B S D"], context: Context, past: LayerState | None = None
@@ -76,7 +79,13 @@ class Attention(nn.Module):
             query, key = rotate(query, context.angles), rotate(key, context.angles)
         state, key, value, (mask, is_causal) = self.memory(past, key, value, context)
         y = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=self.kv_heads != self.heads
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=self.scale,
+            enable_gqa=self.kv_heads != self.heads,
         )
         return call(self.out, merge_heads(y), tokens), state
 
@@ -92,38 +101,52 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from tokens to an image; the image's keys and values can be made once and used often."""
+    """Attention from tokens to an image, or to what an encoder made of a text.
 
-    def __init__(self, dim: int, image_dim: int, heads: int, bias: bool = True) -> None:
-        """`dim`: width of the tokens; `image_dim`: width of the image tokens."""
+    The keys and values of what is looked at can be made once and used often.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        image_dim: int,
+        heads: int,
+        bias: bool = True,
+        head_dim: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """`dim`: width of the tokens; `image_dim`: of what they look at; `head_dim` and `scale` as of `Attention`."""
         super().__init__()
-        self.heads = heads
-        head_width(dim, heads)
-        self.query = nn.Linear(dim, dim, bias=bias)
-        self.key = nn.Linear(image_dim, dim, bias=bias)
-        self.value = nn.Linear(image_dim, dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.heads, self.scale = heads, scale
+        inner = heads * (head_width(dim, heads) if head_dim is None else head_dim)
+        self.query = nn.Linear(dim, inner, bias=bias)
+        self.key = nn.Linear(image_dim, inner, bias=bias)
+        self.value = nn.Linear(image_dim, inner, bias=bias)
+        self.out = nn.Linear(inner, dim, bias=bias)
 
-    def project(self, image: Float[Tensor, "B N C"]) -> "ImageKeyValue":
-        """Keys and values of an image."""
-        return ImageKeyValue(split_heads(self.key(image), self.heads), split_heads(self.value(image), self.heads))
+    def project(self, image: Float[Tensor, "B N C"], valid: Bool[Tensor, "B N"] | None = None) -> "ImageKeyValue":
+        """Keys and values of what is looked at; `valid` is False where it is padding."""
+        key, value = split_heads(self.key(image), self.heads), split_heads(self.value(image), self.heads)
+        return ImageKeyValue(key, value, None if valid is None else valid[:, None, None])
 
     def forward(self, x: Float[Tensor, "B S D"], image: "ImageKeyValue") -> Float[Tensor, "B S D"]:
-        """Every token looks at every image token."""
-        y = scaled_dot_product_attention(split_heads(self.query(x), self.heads), image.key, image.value)
+        """Every token looks at all that is not padding."""
+        query = split_heads(self.query(x), self.heads)
+        y = scaled_dot_product_attention(query, image.key, image.value, attn_mask=image.seen, scale=self.scale)
         out: Tensor = self.out(merge_heads(y))
         return out
 
 
 class ImageKeyValue(NamedTuple):
-    """One cross-attention's view of a batch of images."""
+    """One cross-attention's view of a batch of images or texts."""
 
     key: Float[Tensor, "B H N K"]
     value: Float[Tensor, "B H N K"]
+    seen: Bool[Tensor, "B 1 1 N"] | None = None  # None: all of it
 
     def select(self, index: Int[Tensor, "R"]) -> "ImageKeyValue":
         """Rows picked by index, with repeats."""
-        return ImageKeyValue(self.key[index], self.value[index])
+        return ImageKeyValue(self.key[index], self.value[index], None if self.seen is None else self.seen[index])
 
 
 def split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S K"]:

@@ -5,16 +5,18 @@ feed-forward network, each inside a residual that says where the norm stands. Sy
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.nn.attention import CrossAttention, ImageKeyValue
 from vlm.nn.context import Context
 from vlm.nn.moe import Routing, feed
+from vlm.nn.relative import RelativeBias
 from vlm.nn.retain import precise
 from vlm.nn.retention import Decay, Retention
 from vlm.nn.rotary import Rotary
@@ -112,7 +114,7 @@ class Block(nn.Module):
 
 
 class ImageMemory(NamedTuple):
-    """An image as the cross-attentions of a stack see it; None for blocks without one."""
+    """An image, or a text that was read, as the cross-attentions of a stack see it; None for blocks without one."""
 
     blocks: tuple[ImageKeyValue | None, ...]
 
@@ -138,19 +140,27 @@ class Stack(nn.Module):
         norm: nn.Module | None = None,
         rotary: Rotary | None = None,
         decay: Decay | None = None,
+        relative: RelativeBias | None = None,
     ) -> None:
-        """`norm`: after the last block (pre-norm stacks); `rotary`: for attention; `decay`: for retention."""
+        """`norm`: after the last block (pre-norm stacks); `rotary`, `relative`: for attention.
+
+        `decay`: for retention.
+        """
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity() if norm is None else norm
-        self.rotary, self.decay = rotary, decay
+        self.rotary, self.decay, self.relative = rotary, decay, relative
         self.recompute = False  # activation checkpointing: blocks run again in the backward pass
         self.masked = not all(isinstance(block.mixer, Retention) for block in blocks)
 
-    def look(self, image: Float[Tensor, "B N C"]) -> ImageMemory:
-        """Keys and values of an image for every cross-attention, to be made once and used by many passes."""
+    def look(self, image: Float[Tensor, "B N C"], valid: Bool[Tensor, "B N"] | None = None) -> ImageMemory:
+        """Keys and values of an image for every cross-attention, to be made once and used by many passes.
+
+        `valid`: which of its tokens are not padding; None: all of them.
+        """
         crosses = [block.cross for block in self.blocks if isinstance(block, Block)]
-        return ImageMemory(tuple(None if cross is None else cross.attention.project(image) for cross in crosses))
+        seen = [None if cross is None else cross.attention.project(image, valid) for cross in crosses]
+        return ImageMemory(tuple(seen))
 
     def forward(self, tokens: Tokens, image: ImageMemory | None = None, state: State | None = None) -> Output:
         """Runs tokens after those that `state` remembers. Errors: a state of another model."""
@@ -170,9 +180,10 @@ class Stack(nn.Module):
     def _context(self, tokens: Tokens, state: State | None) -> Context:
         """What all blocks share; without attention nothing here is quadratic in the length."""
         past, full, seen = (None, False, None) if state is None else (state.valid, state.full, state.seen)
+        see = tokens.visibility if self.relative is None else partial(self.relative, tokens)
         return Context(
             tokens,
-            tokens.visibility(past, full) if self.masked else None,
+            see(past, full) if self.masked else None,
             None if self.rotary is None else self.rotary(tokens.position, precise(tokens.x.dtype)),
             None if self.decay is None else self.decay(tokens, seen),
         )

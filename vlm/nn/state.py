@@ -27,6 +27,15 @@ class LayerState(Protocol):
         ...
 
 
+@runtime_checkable
+class Beside(Protocol):
+    """What tokens look at besides each other: finished before them, and the same for all continuations of a row."""
+
+    def select(self, index: Int[Tensor, "R"]) -> "Beside":
+        """Rows picked by index, with repeats."""
+        ...
+
+
 @dataclass(frozen=True)
 class State:
     """Memory of a whole stack after P tokens."""
@@ -36,13 +45,15 @@ class State:
     position: Int[Tensor, "B"]  # of the next token of each row
     full: bool = False  # known beforehand that no past token is padding: a hint that spares the mask
     seen: Float[Tensor, "B"] | None = None  # valid tokens of each row so far, where a layer scales by them (retention)
+    beside: Beside | None = None  # what an encoder-decoder has read
 
     def reorder(self, index: Int[Tensor, "R"]) -> "State":
         """Rows picked by index, with repeats."""
         layers = tuple(layer.reorder(index) for layer in self.layers)
         valid = None if self.valid is None else self.valid[index]
         seen = None if self.seen is None else self.seen[index]
-        return State(layers, valid, self.position[index], self.full, seen)
+        beside = None if self.beside is None else self.beside.select(index)
+        return State(layers, valid, self.position[index], self.full, seen, beside)
 
     def move(self, index: Int[Tensor, "R"], fresh: int) -> "State":
         """As `reorder`, in place where it can be; row r and row index[r] differ in their last `fresh` tokens only.
@@ -52,7 +63,8 @@ class State:
         moved = (
             layer.move(index, fresh) if isinstance(layer, KeyValue) else layer.reorder(index) for layer in self.layers
         )
-        return replace(replace(self, layers=()).reorder(index), layers=tuple(moved))
+        rest = replace(self, layers=(), beside=None).reorder(index)
+        return replace(rest, layers=tuple(moved), beside=self.beside)
 
     def crop(self, drop: int) -> "State":
         """Without the last `drop` tokens, which must be valid in every row: to take back what was only tried.
@@ -62,7 +74,7 @@ class State:
         layers = tuple(layer.crop(drop) for layer in self.layers)
         valid = None if self.valid is None else self.valid[:, : self.valid.shape[1] - drop]
         seen = None if self.seen is None else self.seen - drop
-        return State(layers, valid, self.position - drop, self.full, seen)
+        return replace(self, layers=layers, valid=valid, position=self.position - drop, seen=seen)
 
     def disposable(self) -> "State":
         """The same for a loop that goes on from the newest state alone: without gradients the next call, and all after

@@ -34,9 +34,12 @@ class Run(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """Which keys each query may look at, in the form scaled_dot_product_attention takes fastest."""
+    """Which keys each query may look at, in the form scaled_dot_product_attention takes fastest.
 
-    mask: Bool[Tensor, "B 1 S T"] | None
+    A mask of floats is added to the scores: T5's `RelativeBias`.
+    """
+
+    mask: Bool[Tensor, "B 1 S T"] | Float[Tensor, "B H S T"] | None
     is_causal: bool
 
 

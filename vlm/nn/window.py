@@ -56,6 +56,7 @@ class Window:
         """At most `size` - 1 past keys and values, followed by the new ones."""
         tokens, given = context.tokens, context.visibility
         assert given is not None, "a stack with attention works out who sees whom"
+        assert given.mask is None or given.mask.dtype == torch.bool, "relative positions know no window"
         if past is None:
             state = Recent.of(key, value, tokens, self.size - 1)
             return Looked(state, key, value, self._visibility(given, tokens, 0, None))

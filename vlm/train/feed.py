@@ -82,7 +82,7 @@ class PairFeed:
 
     def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
         """Augmented batches for training; the validation data as it is."""
-        wanted = tokenizer, model.image_tokens
+        wanted = tokenizer, model.image_tokens, model.reply_start
         transform = build.transform(self._run, model, self._shards)
         self._loader = build.training_loader(self._run, self._shards, transform, *wanted)
         once = None

@@ -127,7 +127,8 @@ def _exchanged(world: World, lanes: int, group: Sequence[Batch], progress: Progr
     marks = [0] * lanes
     for lane, batch in zip(world.share(lanes), group, strict=True):
         marks[lane] = mark(batch)
-    texts = [batch.captions if batch.prompts is None else batch.prompts for batch in group]
+    read = [batch.captions if batch.prompts is None else batch.prompts for batch in group]
+    texts = [*read, *(text.reply for text in read if text.reply is not None)]
     seen = sum(text.ids.numel() if text.full else int(text.valid.sum()) for text in texts)
     samples, tokens, *every = world.sum([sum(batch.size for batch in group), seen, *marks])
     progress.see([int(number) for number in every])

@@ -6,6 +6,7 @@ from typing import Any
 
 from vlm.model.language import llama, opt
 from vlm.model.published.part import Part, Settings
+from vlm.model.published.t5 import T5, t5_part
 from vlm.model.weights.llama import llama_table
 from vlm.model.weights.opt import opt_table
 
@@ -40,7 +41,7 @@ OPT = {
     "layer_norm_elementwise_affine": True,
     "tie_word_embeddings": True,
 }
-DEFAULTS: dict[str, Mapping[str, Any]] = {"llama": LLAMA, "opt": OPT}
+DEFAULTS: dict[str, Mapping[str, Any]] = {"llama": LLAMA, "opt": OPT, "t5": T5}
 
 
 def language_part(values: Mapping[str, Any], where: str) -> Part:
@@ -59,6 +60,8 @@ def language_part(values: Mapping[str, Any], where: str) -> Part:
     match family:
         case "llama":
             return _llama(settings)
+        case "t5":
+            return t5_part(settings)
         case _:
             return _opt(settings)
 

@@ -90,21 +90,6 @@ class _Fused:
         return tuple(part.clone() for expert in ours[0] for part in expert.chunk(self.parts, 0))
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """Nothing published, and a value of ours."""
-
-    value: tuple[float, ...]
-
-    def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
-        """The value."""
-        return (torch.tensor(self.value),)
-
-    def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
-        """Nothing."""
-        return ()
-
-
 class Unit(NamedTuple):
     """The published tensors that have to be read together, and those of ours that they make."""
 
@@ -196,29 +181,6 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Unpublished:
-    """A tensor of ours (one axis) that published files have no place for, and what it is after reading one."""
-
-    ours: str
-    value: tuple[float, ...]
-
-    def reading(self, theirs: Iterable[str]) -> tuple[list[Unit], list[str]]:
-        """A unit that reads nothing."""
-        return [self._unit()], []
-
-    def writing(self, ours: Mapping[str, Tensor]) -> tuple[list[Unit], list[str]]:
-        """A unit that writes nothing, whatever the tensor has become."""
-        return [self._unit()] if self.ours in ours else [], []
-
-    def under(self, theirs: str, ours: str) -> "Unpublished":
-        """The same with a prefix."""
-        return replace(self, ours=ours + self.ours)
-
-    def _unit(self) -> Unit:
-        return Unit((), (self.ours,), _Constant(self.value))
-
-
-@dataclass(frozen=True)
 class Table:
     """All rows of a family.
 
@@ -227,7 +189,7 @@ class Table:
     """
 
     family: str
-    rows: tuple[Row | Experts | Unpublished, ...]
+    rows: tuple[Row | Experts, ...]
     ignored: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
 

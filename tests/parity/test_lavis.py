@@ -1,6 +1,7 @@
 """BLIP-2 and InstructBLIP from LAVIS' files are transformers' of the same weights; a file says what it lacks."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from transformers import (
 from tests.parity.blip2 import (
     QUERIES,
     THEIR_IMAGE_ID,
+    compared,
     expected,
     instructions,
     language_config,
     pictures,
-    prompts,
     run,
+    texts,
+    untied,
 )
 from tests.parity.lavis import BERT, TOWER, opened, save_lavis
 from tests.parity.noise import gap, noise
@@ -33,7 +36,7 @@ from vlm.model.published.lavis import contents, lavis_system, needs
 from vlm.model.weights.files import read
 
 IDS = {"num_query_tokens": QUERIES, "image_token_index": THEIR_IMAGE_ID}
-SYSTEMS = ["opt", "instruct"]
+SYSTEMS = ["opt", "t5", "instruct", "instruct t5"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,44 +46,39 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def published(kind: str) -> PreTrainedModel:
-    """A system of transformers, noised, with its LAVIS twin's name of the projection."""
-    if kind == "instruct":
-        config = InstructBlipConfig(
-            vision_config=TOWER, qformer_config=BERT, text_config=language_config("llama").to_dict(), **IDS
-        )
-        theirs = InstructBlipForConditionalGeneration(config)
-    else:
-        config = Blip2Config(
-            vision_config=TOWER, qformer_config=BERT, text_config=language_config(kind).to_dict(), **IDS
-        )
-        theirs = Blip2ForConditionalGeneration(config)
+    """A system of transformers, noised."""
+    text = language_config({"instruct": "llama"}.get(kind, kind.removeprefix("instruct "))).to_dict()
+    settings = {"vision_config": TOWER, "qformer_config": BERT, "text_config": text, **IDS}
+    instructed = kind.startswith("instruct")
+    theirs = (
+        InstructBlipForConditionalGeneration(InstructBlipConfig(**settings))
+        if instructed
+        else Blip2ForConditionalGeneration(Blip2Config(**settings))
+    )
+    untied(theirs)
     noise(theirs, scale=0.1)
     return theirs.eval()
 
 
-PROJECTION = {"opt": "opt_proj", "t5": "t5_proj", "instruct": "llm_proj"}
-
-
 def made(kind: str, folder: Path) -> tuple[PreTrainedModel, dict[str, Path]]:
     theirs = published(kind)
-    return theirs, save_lavis(theirs, folder, PROJECTION[kind])
+    projection = {"opt": "opt_proj", "instruct": "llm_proj"}.get(kind, "t5_proj")
+    return theirs, save_lavis(theirs, folder, projection)
 
 
 def inputs(kind: str) -> tuple[Tensor, Text, Text | None]:
-    return pictures(), prompts([0, 0, 0], [9, 5, 7]), instructions([8, 3, 5]) if kind == "instruct" else None
+    text = texts("t5" if kind.endswith("t5") else kind, [0, 0, 0], [9, 5, 7])
+    return pictures(), text, instructions([8, 3, 5]) if kind.startswith("instruct") else None
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_logits_loss_and_gradients(kind: str, tmp_path: Path) -> None:
     theirs, paths = made(kind, tmp_path)
     ours, _ = opened(paths)
-    images, text, instruction = inputs(kind)
-    (logits, loss), (wanted, wanted_loss) = (
-        run(ours, images, text, instruction),
-        expected(theirs, images, text, instruction),
-    )
+    given = inputs(kind)
+    (logits, loss), (wanted, wanted_loss) = run(ours, *given), expected(theirs, *given)
     assert float(wanted.detach().std()) > 0.3
-    assert gap(logits[text.valid], wanted[text.valid]) < 1e-4
+    assert compared(logits, wanted, given[1]) < 1e-4
     assert gap(loss, wanted_loss) < 1e-5
     found = torch.autograd.grad(loss, [ours.connector.queries, ours.connector.out.weight])
     other = torch.autograd.grad(wanted_loss, [theirs.query_tokens, theirs.language_projection.weight])
@@ -108,12 +106,29 @@ def test_an_image_encoder_inside_the_file(tmp_path: Path) -> None:
     ours, system = opened({"main": tmp_path / "whole.pth", "language": paths["language"]})
     assert set(system.tables) == {"main", "language"}
     images, text, _ = inputs("opt")
-    assert gap(run(ours, images, text)[0][text.valid], expected(theirs, images, text)[0][text.valid]) < 1e-4
+    assert compared(run(ours, images, text)[0], expected(theirs, images, text)[0], text) < 1e-4
     # One that is given beside it is taken in its place.
     blank = {name: torch.zeros_like(value) for name, value in read(paths["vision"]).items()}
     torch.save(blank, tmp_path / "blank.pth")
     other, _ = opened({"main": tmp_path / "whole.pth", "vision": tmp_path / "blank.pth", "language": paths["language"]})
     assert not any(parameter.any() for parameter in other.vision.parameters())
+
+
+@torch.no_grad()
+def test_t5_has_the_exact_gelu_in_lavis(tmp_path: Path) -> None:
+    """Google's own config.json says the approximate one, with which the published weights were never run."""
+    theirs, paths = made("t5", tmp_path)
+    file = paths["language"] / "config.json"
+    config = json.loads(file.read_text())
+    assert config["dense_act_fn"] == "gelu"
+    file.write_text(json.dumps({**config, "dense_act_fn": "gelu_new"}))
+    ours, _ = opened(paths)
+    images, text, _ = inputs("t5")
+    wanted = expected(theirs, images, text)[0]
+    assert compared(run(ours, images, text)[0], wanted, text) < 1e-4
+    for block in (*ours.language.encoder.blocks, *ours.language.decoder.blocks):
+        block.ffn.activation = torch.nn.GELU("tanh")
+    assert compared(run(ours, images, text)[0], wanted, text) > 2e-4
 
 
 def test_what_a_file_holds_and_needs(tmp_path: Path) -> None:
@@ -156,13 +171,13 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
 def test_changed_facts_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, paths = made("instruct", tmp_path)
     images, text, instruction = inputs("instruct")
-    wanted = expected(theirs, images, text, instruction)[0][text.valid]
+    wanted = expected(theirs, images, text, instruction)[0]
     ours, _ = opened(paths)
-    assert gap(run(ours, images, text)[0][text.valid], wanted) > 1e-3  # without the instruction
+    assert compared(run(ours, images, text)[0], wanted, text) > 1e-3  # without the instruction
     ours.connector.image_norm.eps = 1.0
-    assert gap(run(ours, images, text, instruction)[0][text.valid], wanted) > 1e-3
+    assert compared(run(ours, images, text, instruction)[0], wanted, text) > 1e-3
     for name, value in [("BLOCKS", 4), ("HEAD", 32), ("EVA_HEAD", 44)]:
         with monkeypatch.context() as context:
             context.setattr(lavis, name, value)
             other, _ = opened(copy.copy(paths))
-        assert gap(run(other, images, text, instruction)[0][text.valid], wanted) > 1e-3, name
+        assert compared(run(other, images, text, instruction)[0], wanted, text) > 1e-3, name

@@ -62,7 +62,7 @@ def needs(main: Weights, where: str) -> dict[str, str]:
     if "qformer" not in held:
         wanted["qformer"] = "the Q-Former: a file of BLIP-2, for MiniGPT-4 blip2_pretrained_flant5xxl.pth"
     if "projection" in held:
-        width = main[f"{_projection(main)}.weight"].shape[0]
+        width = _Sizes(main, where)(f"{_projection(main)}.weight", 0)
         wanted["language"] = f"the language model, of width {width}: a folder of Hugging Face"
     return wanted
 
@@ -91,7 +91,9 @@ def lavis_system(
     apart = "qformer" not in contents(main)  # MiniGPT-4, where it has no words and is frozen
     reader = None if language is None else language.module
     assert reader is None or isinstance(reader, Language)
-    qformer = _qformer(files[source["qformer"]], where, eyes, _out_dim(main, where, reader), apart)
+    bridge = files[source["qformer"]]
+    out_dim = _out_dim(main, where, _Sizes(bridge, where)("query_tokens", 2), reader)
+    qformer = _qformer(bridge, where, eyes, out_dim, apart)
     heads = "heads" in contents(main)
     width = main["vision_proj.weight"].shape[0] if heads else 0
     model = VisionLanguageModel(
@@ -122,11 +124,15 @@ def _projection(main: Weights) -> str | None:
     return next((name.partition(".")[0] for name in main if CONTENTS["projection"].fullmatch(name)), None)
 
 
-def _out_dim(main: Weights, where: str, reader: Language | None) -> int | None:
+def _out_dim(main: Weights, where: str, width: int, reader: Language | None) -> int | None:
+    """Width of the language model; `width`: of the Q-Former."""
     name = _projection(main)
     if name is None or reader is None:
         return None
-    out = main[f"{name}.weight"].shape[0]
+    size = _Sizes(main, where)
+    out, read = size(f"{name}.weight", 0), size(f"{name}.weight", 1)
+    if read != width:
+        raise ValueError(f"{where}: {name} reads width {read}, the Q-Former writes {width}")
     if out != reader.dim:
         raise ValueError(f"{where}: {name} is for a language model of width {out}, this one has {reader.dim}")
     return out

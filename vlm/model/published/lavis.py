@@ -74,17 +74,23 @@ def lavis_language(values: Mapping[str, Any], where: str) -> Part:
 
 
 def lavis_system(
-    where: str, main: Weights, others: Mapping[str, Weights] | None = None, language: Part | None = None
+    where: str,
+    main: Weights,
+    others: Mapping[str, Weights] | None = None,
+    language: Part | None = None,
+    front: bool = False,
 ) -> Assembled:
     """The system of the file `where`, whose tensors are `main`, on the default device.
 
     `others`: files of the parts that it lacks (`needs`), or that are to be taken in place of its own; what a file holds
-    beside what is taken from it is left, what nobody knows is an error of its table. `language`: of `lavis_language`.
+    beside what is taken from it is left, what nobody knows is an error of its table. `language`: of `lavis_language`;
+    `front`: image encoder and Q-Former alone, to be set before a language model of one's own.
 
     ValueError: parts missing or not wanted, sizes that do not fit each other.
     """
     others = others or {}
-    _refuse(where, needs(main, where), {*others, *(() if language is None else ("language",))})
+    wanted = {part: words for part, words in needs(main, where).items() if not front or part != "language"}
+    _refuse(where, wanted, {*others, *(() if language is None else ("language",))})
     files = {"main": main, **others}
     source = {part: part if part in others else "main" for part in ("vision", "qformer")}
     eyes, tower = _vision(files[source["vision"]], where)
@@ -94,7 +100,7 @@ def lavis_system(
     bridge = files[source["qformer"]]
     out_dim = _out_dim(main, where, _Sizes(bridge, where)("query_tokens", 2), reader)
     qformer = _qformer(bridge, where, eyes, out_dim, apart)
-    heads = "heads" in contents(main)
+    heads = "heads" in contents(main) and not front
     width = main["vision_proj.weight"].shape[0] if heads else 0
     model = VisionLanguageModel(
         eyes,
@@ -103,7 +109,7 @@ def lavis_system(
         contrast=ContrastiveHead(qformer.width, qformer.width, width, bias=True) if heads else None,
         match=MatchingHead(qformer.width) if heads else None,
     )
-    tables = {name: _table(file, name, source, tower, apart) for name, file in files.items()}
+    tables = {name: _table(file, name, source, tower, apart, front) for name, file in files.items()}
     if language is not None:
         tables["language"] = language.table.under("", "language.")
     return Assembled(model, tables)
@@ -191,15 +197,15 @@ def _words(size: "_Sizes", width: int, writes: bool) -> TextBranch:
     return TextBranch(size(WORDS, 0), width, positions, bert_transform(width), head="tied")
 
 
-def _table(weights: Weights, name: str, source: Mapping[str, str], tower: Table, apart: bool) -> Table:
+def _table(weights: Weights, name: str, source: Mapping[str, str], tower: Table, apart: bool, front: bool) -> Table:
     """Of one file: the rows of what is taken from it; the rest of what it may hold is left."""
     taken = {part for part, file in source.items() if file == name}
-    taken |= {"heads", "projection"} if name == "main" else set()
+    taken |= {"heads", "projection"} if name == "main" and not front else set()
     left = [CONTENTS[part].pattern for part in CONTENTS if part not in taken] + (list(TEXT) if apart else [])
     tables = [Table("left", (), tuple(left))]
     tables += [tower] if "vision" in taken else []
     tables += [lavis_qformer_table(weights)] if "qformer" in taken else []
-    if name == "main":
+    if "heads" in taken:
         projection = _projection(weights)
         tables += [lavis_heads_table(), *([] if projection is None else [projection_table(projection)])]
     return system(f"LAVIS ({name})", *tables)

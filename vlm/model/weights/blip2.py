@@ -87,14 +87,14 @@ def blip2_table(vision: Table, language: Table, names: Names = HUGGING_FACE) -> 
 
     `vision` and `language`: the tables of these parts alone.
     """
-    return system(
-        "BLIP-2",
-        vision.under("vision_model.", "vision."),
-        qformer_table(names).under("", "connector."),
-        Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm"))),
-        projection_table("language_projection"),
-        language.under("language_model.", "language."),
-    )
+    rest = projection_table("language_projection"), language.under("language_model.", "language.")
+    return system("BLIP-2", *_front(vision, names), *rest)
+
+
+def blip2_front_table(vision: Table, names: Names = HUGGING_FACE) -> Table:
+    """Image encoder and Q-Former of any of these; the rest of a file is left."""
+    left = r"(language_model|language_projection|vision_projection|text_projection|itm_head)\..*"
+    return system("BLIP-2 Q-Former", *_front(vision, names), Table("left", (), (left,)))
 
 
 def retrieval_table(vision: Table) -> Table:
@@ -104,13 +104,13 @@ def retrieval_table(vision: Table) -> Table:
     """
     scaled = Row("vision_projection.weight", ("contrast.image.weight", "contrast.log_scale"), Beside((0.0,)))
     heads = [Row("vision_projection.bias", "contrast.image.bias"), *linear("text_projection", "contrast.text")]
-    return system(
-        "BLIP-2 retrieval",
-        vision.under("vision_model.", "vision."),
-        qformer_table().under("", "connector."),
-        Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm"))),
-        Table("heads", (scaled, *heads, *linear("itm_head", "match.classify"))),
-    )
+    table = Table("heads", (scaled, *heads, *linear("itm_head", "match.classify")))
+    return system("BLIP-2 retrieval", *_front(vision, HUGGING_FACE), table)
+
+
+def _front(vision: Table, names: Names) -> tuple[Table, ...]:
+    norm = Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm")))
+    return vision.under("vision_model.", "vision."), qformer_table(names).under("", "connector."), norm
 
 
 def lavis_qformer_table(names: Iterable[str]) -> Table:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedModel, T5Config
 
+from tests.parity.noise import gap
 from vlm.data.batch import Text
 from vlm.loss.language import language, supervised
 from vlm.model.beam import Beams
@@ -13,7 +14,7 @@ from vlm.model.generate import Decoding, Sampling, generate
 from vlm.model.vlm import VisionLanguageModel, last_valid
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 
-VOCABULARY, THEIR_IMAGE_ID, QUERIES, PAD, EOS, SIZE = 99, 90, 6, 1, 2, 28
+VOCABULARY, THEIR_IMAGE_ID, QUERIES, PAD, EOS, START, SIZE = 99, 90, 6, 1, 2, 0, 28
 VISION = {
     "hidden_size": 48,
     "intermediate_size": 90,
@@ -40,8 +41,18 @@ def language_config(family: str) -> PreTrainedConfig:
     if family == "opt":
         sizes = {"hidden_size": 40, "ffn_dim": 72, "max_position_embeddings": 48, "word_embed_proj_dim": 40}
         return OPTConfig(vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=4, **sizes, **CONTROL)
+    if family == "t5":  # as LAVIS runs Flan-T5: with the exact GELU
+        sizes = {"d_model": 40, "d_kv": 8, "d_ff": 72, "num_layers": 2, "num_heads": 3}
+        kind = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False}
+        return T5Config(vocab_size=VOCABULARY, decoder_start_token_id=START, **sizes, **kind, **CONTROL)
     sizes = {"hidden_size": 40, "intermediate_size": 72, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
     return LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, num_attention_heads=4, **sizes, **CONTROL)
+
+
+def untied(theirs: PreTrainedModel) -> None:
+    """Gives a T5 the head of its own that Flan-T5's files hold; transformers 5 ties it when it builds one."""
+    if theirs.config.text_config.model_type == "t5":
+        theirs.language_model.lm_head.weight = nn.Parameter(torch.zeros(VOCABULARY, 40))
 
 
 def pictures(count: int = 3) -> Tensor:
@@ -63,6 +74,23 @@ def prompts(before: list[int], after: list[int], side: str = "left") -> Text:
         ids[row, start : start + len(line)], valid[row, start : start + len(line)] = line, True
         labels[row, start + len(line) - 3 : start + len(line)] = line[-3:]
     return Text(ids, valid, labels)
+
+
+def replied(text: Text, lengths: list[int]) -> Text:
+    """The same to be read by an encoder, and what a decoder writes: its start token and so many words."""
+    ids = torch.randint(3, THEIR_IMAGE_ID, (len(lengths), 1 + max(lengths)), generator=torch.Generator().manual_seed(4))
+    ids[:, 0] = START
+    valid = torch.arange(1 + max(lengths))[None] <= torch.tensor(lengths)[:, None]
+    labels = ids.masked_fill(~valid, IGNORE)
+    labels[:, 0] = IGNORE
+    reply = Text(ids.masked_fill(~valid, PAD), valid, labels, bool(valid.all()))
+    return Text(text.ids, text.valid, torch.full_like(text.ids, IGNORE), text.full, reply)
+
+
+def texts(family: str, before: list[int], after: list[int], side: str = "left") -> Text:
+    """Prompts as a language model of this family takes them."""
+    found = prompts(before, after, side)
+    return replied(found, [6, 3, 5][: len(before)]) if family == "t5" else found
 
 
 def instructions(lengths: list[int]) -> Text:
@@ -98,8 +126,17 @@ def expected(
     model: PreTrainedModel, images: Tensor, text: Text, instruction: Text | None = None
 ) -> tuple[Tensor, Tensor]:
     """Theirs."""
-    out = model(pixel_values=images, labels=text.labels, **theirs_of(text, instruction))
+    given, labels = theirs_of(text, instruction), text.labels
+    if (reply := text.reply) is not None:
+        given |= {"decoder_input_ids": reply.ids, "decoder_attention_mask": reply.valid.long()}
+        labels = torch.cat([reply.labels[:, 1:], torch.full((len(reply.ids), 1), IGNORE)], 1)
+    out = model(pixel_values=images, labels=labels, **given)
     return out.logits, out.loss
+
+
+def compared(ours: Tensor, theirs: Tensor, text: Text) -> float:
+    """The largest difference of two logits where there is text."""
+    return gap(ours[text.written.valid], theirs[text.written.valid])
 
 
 @torch.no_grad()
@@ -112,9 +149,12 @@ def continued(
     eos: int = EOS,
 ) -> list[list[int]]:
     """What ours writes after the prompts."""
+    if text.reply is not None:
+        text = replied(text, [0] * len(text.ids))
     out = model.write(model.see(images, instruction), text)
-    logits = model.logits(last_valid(out.hidden, text.valid))
-    return generate(model.proceed, logits, out.state, torch.where(text.valid, text.ids, -1), eos, how)
+    said = text.written
+    logits = model.logits(last_valid(out.hidden, said.valid))
+    return generate(model.proceed, logits, out.state, torch.where(said.valid, said.ids, -1), eos, how)
 
 
 def expected_continuation(
@@ -131,5 +171,6 @@ def expected_continuation(
     found = model.generate(
         pixel_values=images, eos_token_id=eos, pad_token_id=PAD, **options, **theirs_of(text, instruction)
     )
-    rows = [row[text.ids.shape[1] :].tolist() for row in found]
+    begin = text.ids.shape[1] if text.reply is None else 1
+    rows = [row[begin:].tolist() for row in found]
     return [row[: row.index(eos)] if eos in row else row for row in rows]

@@ -16,13 +16,15 @@ from tests.parity.blip2 import (
     QUERIES,
     THEIR_IMAGE_ID,
     VISION,
+    compared,
     continued,
     expected,
     expected_continuation,
     language_config,
     pictures,
-    prompts,
     run,
+    texts,
+    untied,
 )
 from tests.parity.noise import gap
 from tests.parity.published import loaded, same, saved, written
@@ -36,10 +38,11 @@ from vlm.model.weights.files import differences, read
 from vlm.nn.tokens import IMAGE_ID
 
 WEIGHTS = "model.safetensors"
-FAMILIES = ("opt", "llama")
+FAMILIES = ("opt", "llama", "t5")
 
 
 class Pair(NamedTuple):
+    family: str
     ours: VisionLanguageModel
     theirs: Blip2ForConditionalGeneration
     folder: Path
@@ -48,9 +51,10 @@ class Pair(NamedTuple):
 def published(family: str) -> Blip2ForConditionalGeneration:
     text = language_config(family).to_dict()
     ids = {"num_query_tokens": QUERIES, "image_token_index": THEIR_IMAGE_ID}
-    return Blip2ForConditionalGeneration(
-        Blip2Config(vision_config=VISION, qformer_config=QFORMER, text_config=text, **ids)
-    )
+    config = Blip2Config(vision_config=VISION, qformer_config=QFORMER, text_config=text, **ids)
+    theirs = Blip2ForConditionalGeneration(config)
+    untied(theirs)
+    return theirs
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -63,7 +67,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         theirs.save_pretrained(folder)
     ours = loaded(blip2_part(config, "config.json"), folder / WEIGHTS)
     assert isinstance(ours, VisionLanguageModel)
-    return Pair(ours, theirs, folder)
+    return Pair(request.param, ours, theirs, folder)
 
 
 GRADIENTS = {
@@ -72,21 +76,30 @@ GRADIENTS = {
     "connector.image_norm.weight": "vision_model.post_layernorm.weight",
     "connector.stack.blocks.2.cross.attention.key.weight": "layer.2.crossattention.attention.key.weight",
     "vision.backbone.model.patch_embed.proj.weight": "vision_model.embeddings.patch_embedding.weight",
-    "language.stack.blocks.0.mixer.value.weight": "layers.0.self_attn.v_proj.weight",
+}
+DECODERS = {"language.stack.blocks.0.mixer.value.weight": "layers.0.self_attn.v_proj.weight"}
+VALUES = {
+    "opt": DECODERS,
+    "llama": DECODERS,
+    "t5": {
+        "language.encoder.blocks.0.mixer.value.weight": "encoder.block.0.layer.0.SelfAttention.v.weight",
+        "language.decoder.blocks.1.cross.attention.key.weight": "decoder.block.1.layer.1.EncDecAttention.k.weight",
+    },
 }
 
 
 def test_logits_loss_and_gradients(pair: Pair) -> None:
-    ours, theirs, _ = pair
-    images, text = pictures(), prompts([0, 0, 0], [9, 5, 7])
+    _, ours, theirs, _ = pair
+    images, text = pictures(), texts(pair.family, [0, 0, 0], [9, 5, 7])
     (logits, loss), (wanted, wanted_loss) = run(ours, images, text), expected(theirs, images, text)
     assert float(wanted.detach().std()) > 0.3
-    assert gap(logits[text.valid], wanted[text.valid]) < 1e-4
+    assert compared(logits, wanted, text) < 1e-4
     assert gap(loss, wanted_loss) < 1e-5
-    their_names = [next(n for n, _ in theirs.named_parameters() if n.endswith(end)) for end in GRADIENTS.values()]
-    found = torch.autograd.grad(loss, [ours.get_parameter(name) for name in GRADIENTS])
+    names = {**GRADIENTS, **VALUES[pair.family]}
+    their_names = [next(n for n, _ in theirs.named_parameters() if n.endswith(end)) for end in names.values()]
+    found = torch.autograd.grad(loss, [ours.get_parameter(name) for name in names])
     grads = torch.autograd.grad(wanted_loss, [theirs.get_parameter(name) for name in their_names])
-    for name, mine, other in zip(GRADIENTS, found, grads, strict=True):
+    for name, mine, other in zip(names, found, grads, strict=True):
         assert float(other.abs().max()) > 1e-3, name
         assert gap(mine, other.reshape(mine.shape)) < 1e-4, name
 
@@ -94,23 +107,29 @@ def test_logits_loss_and_gradients(pair: Pair) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_images_anywhere_in_the_prompt(pair: Pair, side: str) -> None:
-    images, text = pictures(), prompts([4, 0, 2], [9, 5, 7], side)
+    images, text = pictures(), texts(pair.family, [4, 0, 2], [9, 5, 7], side)
     logits, wanted = run(pair.ours, images, text)[0], expected(pair.theirs, images, text)[0]
-    assert gap(logits[text.valid], wanted[text.valid]) < 1e-4
+    assert compared(logits, wanted, text) < 1e-4
 
 
 @torch.no_grad()
 def test_a_padded_batch_is_its_rows(pair: Pair) -> None:
-    images, text = pictures(), prompts([0, 0, 0], [9, 5, 7])
+    images, text = pictures(), texts(pair.family, [0, 0, 0], [9, 5, 7])
     together = run(pair.ours, images, text)[0]
-    for row, kept in enumerate(text.valid):
-        alone = Text(*(part[row : row + 1, kept] for part in (text.ids, text.valid, text.labels)))
-        assert gap(run(pair.ours, images[row : row + 1], alone)[0][0], together[row, kept]) < 1e-5
+    for row, kept in enumerate(text.written.valid):
+        found = run(pair.ours, images[row : row + 1], alone(text, row))[0][0]
+        assert gap(found, together[row, kept]) < 1e-5
+
+
+def alone(text: Text, row: int) -> Text:
+    """A row without its padding."""
+    ids, valid, labels = (part[row : row + 1, text.valid[row]] for part in (text.ids, text.valid, text.labels))
+    return Text(ids, valid, labels, True, None if text.reply is None else alone(text.reply, row))
 
 
 @pytest.mark.parametrize("how", [Sampling(max_new=10), Beams(3, max_new=10)])
 def test_generated_text_is_the_same(pair: Pair, how: Sampling | Beams) -> None:
-    images, text = pictures(), prompts([0, 0, 0], [9, 5, 7])
+    images, text = pictures(), texts(pair.family, [0, 0, 0], [9, 5, 7])
     free = continued(pair.ours, images, text, how)
     assert free == expected_continuation(pair.theirs, images, text, how)
     assert len({tuple(row) for row in free}) == 3 and all(len(set(row)) >= 3 for row in free)
@@ -127,7 +146,7 @@ def test_round_trip(pair: Pair, tmp_path: Path) -> None:
     assert same(written(part, tmp_path / WEIGHTS), read(pair.folder / WEIGHTS))
     (tmp_path / "config.json").write_text((pair.folder / "config.json").read_text())
     again = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
-    images, text = pictures(), prompts([0, 0, 0], [9, 5, 7])
+    images, text = pictures(), texts(pair.family, [0, 0, 0], [9, 5, 7])
     with torch.no_grad():
         assert torch.equal(expected(again, images, text)[0], expected(pair.theirs, images, text)[0])
 
@@ -167,8 +186,8 @@ CHANGES = [earlier_block, without_image_norm, without_query_norm, without_a_cros
 def test_changed_facts_are_noticed(pair: Pair, change: Callable[[VisionLanguageModel], None]) -> None:
     ours = copy.deepcopy(pair.ours)
     change(ours)
-    images, text = pictures(), prompts([0, 0, 0], [9, 5, 7])
-    assert gap(run(ours, images, text)[0][text.valid], expected(pair.theirs, images, text)[0][text.valid]) > 1e-3
+    images, text = pictures(), texts(pair.family, [0, 0, 0], [9, 5, 7])
+    assert compared(run(ours, images, text)[0], expected(pair.theirs, images, text)[0], text) > 1e-3
 
 
 def test_another_rhythm_of_cross_attention_does_not_fit(pair: Pair) -> None:
@@ -181,8 +200,10 @@ def test_another_rhythm_of_cross_attention_does_not_fit(pair: Pair) -> None:
 @torch.no_grad()
 def test_the_image_stands_before_the_prompt(pair: Pair) -> None:
     """Not after it, as a language model's order of words would have it with the same tokens."""
-    images, text = pictures(), prompts([0, 0, 0], [9, 9, 9])
-    moved = Text(torch.cat([text.ids[:, QUERIES:], text.ids[:, :QUERIES]], 1), text.valid, text.labels)
+    images, text = pictures(), texts(pair.family, [0, 0, 0], [9, 9, 9])
+    moved = Text(
+        torch.cat([text.ids[:, QUERIES:], text.ids[:, :QUERIES]], 1), text.valid, text.labels, reply=text.reply
+    )
     ours, wanted = run(pair.ours, images, moved)[0], expected(pair.theirs, images, text)[0]
     assert bool((moved.ids[:, -1] == IMAGE_ID).all())
     assert gap(ours[:, -1], wanted[:, -1]) > 1e-3

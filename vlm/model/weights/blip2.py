@@ -1,17 +1,15 @@
 """BLIP-2's Q-Former, heads and projection as Hugging Face and LAVIS name them, for ours."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlm.model.weights.rows import Row, Unpublished, linear
+from vlm.model.weights.rows import Row, linear
 from vlm.model.weights.table import Table, system
-
-MATCH = "match.classify"
-PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj", "llama_proj")  # LAVIS, InstructBLIP, MiniGPT-4
 
 
 class Names(NamedTuple):
@@ -47,7 +45,7 @@ class Temperature:
 
     def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
         """log 1/τ. ValueError where τ is not positive."""
-        if not bool(theirs[0] > 0):
+        if not theirs[0].is_meta and not bool(theirs[0] > 0):
             raise ValueError(f"a temperature of {theirs[0].item():g}: it must be above 0")
         return (-theirs[0].double().log().to(theirs[0].dtype).reshape(1),)
 
@@ -56,12 +54,27 @@ class Temperature:
         return ((-ours[0].double()).exp().to(ours[0].dtype).reshape(()),)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A tensor as it is, and one of ours (one axis) that no file has, with what it is after reading one."""
+
+    value: tuple[float, ...]
+
+    def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """Both."""
+        return theirs[0], torch.tensor(self.value)
+
+    def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+        """The one that is published, whatever has become of the other."""
+        return (ours[0],)
+
+
 class Shared:
     """One tensor under several published names."""
 
     def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
         """The first. ValueError where the others differ from it."""
-        if not all(torch.equal(theirs[0], other) for other in theirs[1:]):
+        if not all(other.is_meta or torch.equal(theirs[0], other) for other in theirs[1:]):
             raise ValueError("tensors that should be one and the same (the embedding and the head tied to it) differ")
         return (theirs[0],)
 
@@ -75,14 +88,14 @@ def blip2_table(vision: Table, language: Table, names: Names = HUGGING_FACE) -> 
 
     `vision` and `language`: the tables of these parts alone.
     """
-    return system(
-        "BLIP-2",
-        vision.under("vision_model.", "vision."),
-        qformer_table(names).under("", "connector."),
-        Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm"))),
-        Table("projection", tuple(linear("language_projection", "connector.out"))),
-        language.under("language_model.", "language."),
-    )
+    rest = projection_table("language_projection"), language.under("language_model.", "language.")
+    return system("BLIP-2", *_front(vision, names), *rest)
+
+
+def blip2_front_table(vision: Table, names: Names = HUGGING_FACE) -> Table:
+    """Image encoder and Q-Former of any of these; the rest of a file is left."""
+    left = r"(language_model|language_projection|vision_projection|text_projection|itm_head)\..*"
+    return system("BLIP-2 Q-Former", *_front(vision, names), Table("left", (), (left,)))
 
 
 def retrieval_table(vision: Table) -> Table:
@@ -90,42 +103,46 @@ def retrieval_table(vision: Table) -> Table:
 
     Its scores are cosines, which is our contrastive head at a temperature of 1.
     """
-    heads = [("vision_projection", "contrast.image"), ("text_projection", "contrast.text"), ("itm_head", MATCH)]
-    return system(
-        "BLIP-2 retrieval",
-        vision.under("vision_model.", "vision."),
-        qformer_table().under("", "connector."),
-        Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm"))),
-        Table("heads", tuple(row for a, b in heads for row in linear(a, b))),
-        Table("temperature", (Unpublished("contrast.log_scale", (0.0,)),)),
-    )
+    scaled = Row("vision_projection.weight", ("contrast.image.weight", "contrast.log_scale"), Beside((0.0,)))
+    heads = [Row("vision_projection.bias", "contrast.image.bias"), *linear("text_projection", "contrast.text")]
+    table = Table("heads", (scaled, *heads, *linear("itm_head", "match.classify")))
+    return system("BLIP-2 retrieval", *_front(vision, HUGGING_FACE), table)
 
 
-def lavis_table(shared: Sequence[str], projection: str | None = None) -> Table:
-    """A BLIP-2 or InstructBLIP as LAVIS keeps it, without image encoder and language model.
+def _front(vision: Table, names: Names) -> tuple[Table, ...]:
+    norm = Table("image norm", tuple(linear("vision_model.post_layernorm", "connector.image_norm")))
+    return vision.under("vision_model.", "vision."), qformer_table(names).under("", "connector."), norm
 
-    `shared`: the names under "Qformer.cls.predictions." that the file has for the embedding and for the head's bias
-    (the head is tied to the embedding, and LAVIS saves each of the two once more); none where words are only read.
-    `projection`: the name of the layer before the language model.
+
+def lavis_qformer_table(names: Iterable[str]) -> Table:
+    """LAVIS' Q-Former with its words and the norm before it; `names`: those of the file.
+
+    The head for words is tied to the embedding, and a file may hold the two, and its bias, under a name more.
     """
     words, cls = f"{LAVIS.words}.word_embeddings.weight", "Qformer.cls.predictions"
+    more = [name for name in (f"{cls}.decoder.weight", f"{cls}.decoder.bias") if name in set(names)]
     qformer = qformer_table(LAVIS)
     rows = [row for row in qformer.rows if not (isinstance(row, Row) and row.theirs == words)]
     rows += [
-        Row((words, *(name for name in shared if name.endswith("weight"))), "text.embedding.weight", Shared()),
-        Row((f"{cls}.bias", *(name for name in shared if name.endswith("bias"))), "text.bias", Shared()),
+        Row((words, *(name for name in more if name.endswith("weight"))), "text.embedding.weight", Shared()),
+        Row((f"{cls}.bias", *(name for name in more if name.endswith("bias"))), "text.bias", Shared()),
         *linear(f"{cls}.transform.dense", "text.transform.0"),
         *linear(f"{cls}.transform.LayerNorm", "text.transform.2"),
         *linear("ln_vision", "image_norm"),
     ]
-    heads = [("vision_proj", "contrast.image"), ("text_proj", "contrast.text"), ("itm_head", MATCH)]
-    heads += [] if projection is None else [(projection, "connector.out")]
-    return system(
-        "BLIP-2 of LAVIS",
-        Table("Q-Former", tuple(rows), qformer.ignored).under("", "connector."),
-        Table("heads", tuple(row for a, b in heads for row in linear(a, b))),
-        Table("temperature", (Row("temp", "contrast.log_scale", Temperature()),)),
-    )
+    return Table("Q-Former of LAVIS", tuple(rows), qformer.ignored).under("", "connector.")
+
+
+def lavis_heads_table() -> Table:
+    """The heads of stage 1 as LAVIS keeps them; that for words belongs to the Q-Former."""
+    heads = [("vision_proj", "contrast.image"), ("text_proj", "contrast.text"), ("itm_head", "match.classify")]
+    rows = [row for a, b in heads for row in linear(a, b)]
+    return Table("BLIP-2 heads of LAVIS", (*rows, Row("temp", "contrast.log_scale", Temperature())))
+
+
+def projection_table(name: str) -> Table:
+    """The layer before the language model; `name`: its own in the file."""
+    return Table(name, tuple(linear(name, "connector.out")))
 
 
 def qformer_table(names: Names = HUGGING_FACE) -> Table:

@@ -84,18 +84,3 @@ class Fused:
     def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
         """Cloned, because a file may not hold views of one storage."""
         return tuple(part.clone() for expert in ours[0] for part in expert.chunk(self.parts, 0))
-
-
-@dataclass(frozen=True)
-class Constant:
-    """Nothing published, and a value of ours."""
-
-    value: tuple[float, ...]
-
-    def to_ours(self, theirs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
-        """The value."""
-        return (torch.tensor(self.value),)
-
-    def to_theirs(self, ours: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
-        """Nothing."""
-        return ()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vlm.model.weights.conversion import STACKED, Constant, Conversion, Fused
+from vlm.model.weights.conversion import STACKED, Conversion, Fused
 
 Names = str | tuple[str, ...]
 
@@ -160,37 +160,6 @@ class Subtree:
     def _below(self, prefix: str, names: Iterable[str]) -> list[str]:
         below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         return [name for name in below if not any(re.fullmatch(pattern, name) for pattern in self.but)]
-
-
-@dataclass(frozen=True)
-class Unpublished:
-    """A tensor of ours (one axis) that published files have no place for, and what it is after reading one."""
-
-    ours: str
-    value: tuple[float, ...]
-
-    def reading(self, theirs: Iterable[str]) -> tuple[list[Unit], list[str]]:
-        """A unit that reads nothing."""
-        return [self._unit()], []
-
-    def writing(self, ours: Mapping[str, Tensor]) -> tuple[list[Unit], list[str]]:
-        """A unit that writes nothing, whatever the tensor has become."""
-        return [self._unit()] if self.ours in ours else [], []
-
-    def under(self, theirs: str, ours: str) -> "Unpublished":
-        """The same with a prefix."""
-        return replace(self, ours=ours + self.ours)
-
-    def within(self, ours: str) -> "Unpublished | None":
-        """The same without a prefix of ours; None for what is not under it."""
-        return replace(self, ours=self.ours.removeprefix(ours)) if self.ours.startswith(ours) else None
-
-    def patterns(self) -> list[str]:
-        """None: no published name."""
-        return []
-
-    def _unit(self) -> Unit:
-        return Unit((), (self.ours,), Constant(self.value))
 
 
 def linear(theirs: str, ours: str, bias: bool = True) -> list[Row]:

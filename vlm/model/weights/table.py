@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vlm.model.weights.rows import Experts, Row, Subtree, Unit, Unpublished
+from vlm.model.weights.rows import Experts, Row, Subtree, Unit
 
 
 class Sorted(NamedTuple):
@@ -28,7 +28,7 @@ class Table:
     """
 
     family: str
-    rows: tuple[Row | Experts | Subtree | Unpublished, ...]
+    rows: tuple[Row | Experts | Subtree, ...]
     ignored: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     also: tuple[Row | Experts, ...] = ()

@@ -1,5 +1,7 @@
 """Small models with random weights, and texts for them."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,9 @@ from vlm.model.connector import MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import llama
 from vlm.model.qformer import QFormer, TextBranch
+from vlm.model.seq2seq import t5
 from vlm.model.vlm import VisionLanguageModel
+from vlm.nn.ffn import GatedMlp
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 
 VOCABULARY, WIDTH, QUERIES, PATCHES, LONGEST = 40, 24, 3, 4, 16
@@ -45,6 +49,14 @@ def llava() -> VisionLanguageModel:
     return finished(VisionLanguageModel(Eye(), MlpConnector(10, WIDTH, PATCHES), language=language))
 
 
+def seq2seq() -> VisionLanguageModel:
+    """An encoder-decoder whose answers start with token 2."""
+    language = t5(
+        VOCABULARY, WIDTH, 2, 3, head_dim=5, ffn=lambda: GatedMlp(WIDTH, 32), tied=False, buckets=8, longest=9, start=2
+    )
+    return finished(VisionLanguageModel(Eye(), MlpConnector(10, WIDTH, PATCHES), language=language))
+
+
 def blip2() -> VisionLanguageModel:
     contrast, match = ContrastiveHead(WIDTH, WIDTH, 8), MatchingHead(WIDTH)
     return finished(VisionLanguageModel(Eye(), qformer(), contrast=contrast, match=match))
@@ -62,6 +74,11 @@ def words(model: VisionLanguageModel, lengths: list[int], side: str = "right", s
         drawn = torch.randint(0, VOCABULARY, (length,), generator=maker)
         rows.append(torch.cat([drawn[:1], torch.full((model.image_tokens,), IMAGE_ID), drawn[1:]]))
     return texts(rows, side)
+
+
+def asked(text: Text, replies: list[list[int]]) -> Text:
+    """The text with a reply of each row, padded on the right."""
+    return replace(text, reply=texts([torch.tensor(row) for row in replies]))
 
 
 def texts(rows: list[Tensor], side: str = "right") -> Text:

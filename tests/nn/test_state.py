@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlm.nn.attention import ImageKeyValue
+from vlm.nn.block import ImageMemory
 from vlm.nn.state import KeyValue, LayerState, State
 
 
@@ -80,6 +82,21 @@ def test_the_state_of_a_stack_reorders_all_it_holds() -> None:
     assert picked.position.tolist() == [3, 2, 3]
     assert isinstance(picked.layers[1], KeyValue)
     assert torch.equal(picked.layers[1].value, layers[1].value[[1, 0, 1]])
+
+
+def test_what_stands_beside_goes_along() -> None:
+    """Two beams each of two rows: reordered when they begin, the same for all beams of a row after that."""
+    seen = ImageKeyValue(*columns(5), torch.tensor([[True] * 5, [False] * 5])[:, None, None])
+    begun = State((), torch.ones(2, 1, dtype=torch.bool), torch.tensor([1, 1]), True, None, ImageMemory((None, seen)))
+    beams = begun.reorder(torch.tensor([0, 0, 1, 1]))
+    assert isinstance(beams.beside, ImageMemory) and beams.beside.blocks[0] is None
+    looked = beams.beside.blocks[1]
+    assert looked is not None and looked.seen is not None
+    assert (
+        torch.equal(looked.key, seen.key[[0, 0, 1, 1]]) and looked.seen[:, 0, 0, 0].tolist() == [True] * 2 + [False] * 2
+    )
+    for later in (beams.move(torch.tensor([1, 1, 2, 3]), 1), beams.crop(1), beams.disposable()):
+        assert later.beside is beams.beside
 
 
 @pytest.mark.parametrize("shared", [False, True])

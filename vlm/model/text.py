@@ -1,10 +1,10 @@
-"""CLIP's text tower over the common stack (Radford et al. 2021, arXiv 2103.00020).
+"""Text encoders; CLIP's text tower over the common stack (Radford et al. 2021, arXiv 2103.00020).
 
 Letters: M texts, T text tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,17 @@ from vlm.nn.attention import Attention
 from vlm.nn.block import Block, PreNorm, Stack
 from vlm.nn.ffn import Mlp
 from vlm.nn.tokens import Tokens
+
+
+@runtime_checkable
+class TextTower(Protocol):
+    """What is asked of a text encoder; a module of the user's own fits without registering anything."""
+
+    dim: int
+
+    def __call__(self, ids: Int[Tensor, "M T"], valid: Bool[Tensor, "M T"]) -> Float[Tensor, "M D"]:
+        """Feature of each text."""
+        ...
 
 
 class TextEncoder(nn.Module):

@@ -16,7 +16,7 @@ from vlm.model.heads import ContrastiveHead, MatchingHead
 from vlm.model.language import Language, splice
 from vlm.model.qformer import QFormer
 from vlm.model.seq2seq import EncoderDecoder
-from vlm.model.text import TextEncoder
+from vlm.model.text import TextTower
 from vlm.nn.block import ImageMemory, Output
 from vlm.nn.state import State
 from vlm.nn.tokens import IMAGE_ID, Tokens, count_positions
@@ -77,7 +77,7 @@ class VisionLanguageModel(nn.Module):
         self,
         vision: ImageEncoder | None = None,
         connector: Connector | None = None,
-        text: TextEncoder | None = None,
+        text: TextTower | None = None,
         language: Language | None = None,
         contrast: ContrastiveHead | None = None,
         match: MatchingHead | None = None,

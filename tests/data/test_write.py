@@ -214,7 +214,7 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("vlm.data.write.write", lambda *args, **kwargs: calls.append((args, kwargs)))
     base = {"image": PICTURES, "caption": "txt;json:caption", "id_field": None, "images": None, "workers": 0}
-    base |= {"max_bad_fraction": None, "overwrite": False, "json": False}
+    base |= {"max_bad_fraction": None, "overwrite": False, "json": False, "talks": None}
     arguments = ["shards", "write", "a.csv", "b.csv", "out"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert calls.pop() == ((["a.csv", "b.csv"], Path("out"), Recipe()), base)

@@ -43,7 +43,7 @@ def encode_question(tokenizer: Tokenizer, template: Template, talk: Talk, image_
     for before, answer in exchanges(template, talk):
         if answer is None:
             writer.prompt(before)
-            return Encoded(writer.ids, writer.labels, images=writer.images)
+            return Encoded(writer.ids, [IGNORE] * len(writer.ids), images=writer.images)
         writer.write(before, answer, _ENDLESS)
         last = f"{answer!r:.40}"
     raise ValueError(f"a talk that ends with {last}, and no question that is to be answered")

@@ -30,15 +30,16 @@ class Record:
         for name, wanted in (("no image", self.images), ("no caption", [suffix for suffix, _ in self.captions])):
             if not any(suffix in group.members for suffix in wanted):
                 return "dotted name" if self.dotted(group) else name
-        try:
-            group.key.encode()
-        except UnicodeEncodeError:
-            return "name is not UTF-8"
-        return ""
+        return name_fault(group.key)
 
     def dotted(self, group: Group) -> list[str]:
         """Suffixes such as v2.jpg, of photo.v2.jpg: webdataset takes "photo" for the key, and v2.jpg is no picture."""
         return [suffix for suffix in group.members if "." in suffix and suffix.rpartition(".")[2] in self.columns]
+
+    @property
+    def what(self) -> str:
+        """What a sample must have, for messages."""
+        return "both picture and caption"
 
     @property
     def kinds(self) -> list[str]:
@@ -81,3 +82,12 @@ class Record:
     def caption_spec(self) -> str:
         """As it was written, for messages."""
         return caption_spec(self.captions)
+
+
+def name_fault(key: str) -> str:
+    """Why a sample cannot have this name; empty when it can."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return "name is not UTF-8"
+    return ""

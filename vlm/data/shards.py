@@ -226,14 +226,14 @@ class Shards:
 
     def _refuse_unusable(self, facts: Facts) -> None:
         names = f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
-        wanted = f"image={';'.join(self._record.images)!r}, caption={self._record.caption_spec!r}"
+        wanted = f"image={';'.join(self._record.kinds)!r}, caption={self._record.caption_spec!r}"
         if not len(self) and facts.damage:
-            raise ValueError("\n".join([*facts.damage[:5], f"{names}: no sample has both picture and caption"]))
+            raise ValueError("\n".join([*facts.damage[:5], f"{names}: no sample has {self._record.what}"]))
         if not len(self):
             found = (
                 ", ".join(f"{suffix} ({count})" for suffix, count in facts.seen.most_common(12)) or "no members at all"
             )
-            message = f"{names}: no sample has both picture and caption. Wanted {wanted}; suffixes found: {found}"
+            message = f"{names}: no sample has {self._record.what}. Wanted {wanted}; suffixes found: {found}"
             raise ValueError("\n".join([message, *facts.hints]))
         check_bad(self.bad, len(self) + self.bad.total(), self.max_bad_fraction, names, facts.hints)
         # A misspelt json field shows only inside the samples: a few spread ones tell it before training starts.

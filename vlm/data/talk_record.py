@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from vlm.data.image import BadSample
-from vlm.data.record import Record
+from vlm.data.record import Record, name_fault
 from vlm.data.talk import COLUMNS, MAX_PICTURES, Talk, read_talk
 from vlm.data.tar import Group
 
@@ -28,6 +28,11 @@ class TalkRecord(Record):
         self.columns = {name: i for i, name in enumerate([*self.images, *self.texts_in])}
 
     @property
+    def what(self) -> str:
+        """What a sample must have, for messages."""
+        return "a conversation"
+
+    @property
     def kinds(self) -> list[str]:
         """What decides which members are pictures."""
         return ["talks", *self._suffixes]
@@ -43,7 +48,7 @@ class TalkRecord(Record):
             return "too many pictures"
         if set(range(max(numbers, default=-1))) - set(numbers):
             return "picture missing"
-        return super().fault(Group(group.key, {**group.members, self._suffixes[0]: (0, 0)}))
+        return name_fault(group.key)
 
     def dotted(self, group: Group) -> list[str]:
         """As of `Record`; a number is no part of the name."""

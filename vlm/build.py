@@ -64,6 +64,8 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
     text = None if settings.text is None else text_encoder(settings.text, tokenizer.size, longest)
     reader = None if settings.language is None else decoder(settings.language, tokenizer.size)
     bridge = connector(settings.connector, vision, reader, tokenizer.size, longest)
+    if isinstance(bridge, QFormer) and bridge.text is not None and tokenizer.bos is None:
+        raise ValueError("tokenizer: it has no start token, and what a Q-Former reads begins with one: take another")
     heads = "itc" in kinds or "itm" in kinds
     text_dim = text.dim if text is not None else bridge.width if isinstance(bridge, QFormer) else 0
     seen = bridge.dim

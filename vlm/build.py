@@ -13,11 +13,13 @@ from vlm.config.language import (
     AttentionMixer,
     Ffn,
     GatedMlpFfn,
+    HuggingFaceLanguage,
     Mixer,
     MoeFfn,
     RetentionMixer,
     TransformerLanguage,
 )
+from vlm.config.language import Language as LanguageSettings
 from vlm.data.augment import Augment
 from vlm.data.cache import Cache, default_folder
 from vlm.data.features import FeatureDtype, FeatureInfo, FeatureShards, Transform, open_features
@@ -30,7 +32,8 @@ from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from vlm.model import language, vlm
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
-from vlm.model.language import Decoder, LearnedPositions
+from vlm.model.huggingface import huggingface_language
+from vlm.model.language import Decoder, Language, LearnedPositions
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
@@ -57,12 +60,12 @@ def model(run: schema.Run, tokenizer: Tokenizer) -> VisionLanguageModel:
     torch.manual_seed(run.train.seed)
     if settings.vision is None or settings.connector is None:
         assert settings.language is not None
-        return VisionLanguageModel(language=decoder(settings.language, tokenizer.size))
+        return VisionLanguageModel(language=language_model(settings.language, tokenizer.size))
     vision = image_encoder(settings.vision)
     kinds = {loss.kind for loss in run.losses}
     longest = run.pairs.max_tokens
     text = None if settings.text is None else text_encoder(settings.text, tokenizer.size, longest)
-    reader = None if settings.language is None else decoder(settings.language, tokenizer.size)
+    reader = None if settings.language is None else language_model(settings.language, tokenizer.size)
     bridge = connector(settings.connector, vision, reader, tokenizer.size, longest)
     if isinstance(bridge, QFormer) and bridge.text is not None and tokenizer.bos is None:
         raise ValueError("tokenizer: it has no start token, and what a Q-Former reads begins with one: take another")
@@ -92,7 +95,7 @@ def image_encoder(settings: schema.Vision) -> ImageEncoder:
 
 
 def connector(
-    settings: schema.Connector, vision: ImageEncoder, language: Decoder | None, vocabulary: int, max_tokens: int
+    settings: schema.Connector, vision: ImageEncoder, language: Language | None, vocabulary: int, max_tokens: int
 ) -> MlpConnector | MeanPool | QFormer:
     """What stands between the image encoder and what reads it."""
     out = vision.dim if language is None else language.dim
@@ -139,8 +142,25 @@ def text_encoder(settings: schema.TextTower, vocabulary: int, max_tokens: int) -
     )
 
 
+def language_model(settings: LanguageSettings, vocabulary: int) -> Language:
+    """The language model; `vocabulary`: rows that its texts need. ValueError: a model of transformers with fewer."""
+    match settings:
+        case TransformerLanguage():
+            return decoder(settings, vocabulary)
+        case HuggingFaceLanguage(name=name, pretrained=pretrained):
+            found = huggingface_language(name, pretrained)
+            if found.vocabulary < vocabulary:
+                raise ValueError(
+                    f"model.language.name={name}: it knows {found.vocabulary} tokens, the tokenizer {vocabulary}: "
+                    f"take its own (tokenizer.kind=file tokenizer.path={name})"
+                )
+            return found
+        case _:
+            assert_never(settings)
+
+
 def decoder(settings: TransformerLanguage, vocabulary: int) -> Decoder:
-    """The language model."""
+    """The decoder that settings of our own describe."""
     dim, heads, mixer = settings.dim, settings.heads, settings.mixer
     rotary = positions = decay = None
     match mixer:

@@ -81,6 +81,14 @@ class MoeFfn(Section):
 Ffn = Annotated[GatedMlpFfn | MoeFfn, Field(discriminator="kind"), usually("gated_mlp")]
 
 
+class HuggingFaceLanguage(Section):
+    """Any other causal language model of transformers, as it is: pip install 'vlm[hf]'."""
+
+    kind: Literal["huggingface"]
+    name: str = Field(description="folder, or OWNER/NAME[@REVISION] of the hub; code beside the weights is never run")
+    pretrained: bool = Field(True, description="with its weights; false: random ones")
+
+
 class TransformerLanguage(Section):
     """A decoder, Llama-like unless told otherwise."""
 
@@ -117,3 +125,6 @@ class TransformerLanguage(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+Language = Annotated[TransformerLanguage | HuggingFaceLanguage, Field(discriminator="kind")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from vlm.config.language import TransformerLanguage
+from vlm.config.language import Language
 from vlm.config.section import BelowOne, Fraction, Positive, Section, usually
 
 Dtype = Literal["float32", "bfloat16"]
@@ -102,7 +102,7 @@ class Model(Section):
     vision: Vision | None = None
     connector: Connector | None = None
     text: TextTower | None = None
-    language: TransformerLanguage | None = None
+    language: Language | None = None
     embed_dim: Positive = Field(256, description="width of the contrastive space")
     temperature: float = Field(0.07, gt=0, description="where the learned temperature starts")
     init: dict[Part, str | None] = Field(

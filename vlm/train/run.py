@@ -16,7 +16,7 @@ from typing import Any
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
-from vlm.config.language import MoeFfn
+from vlm.config.language import MoeFfn, TransformerLanguage
 from vlm.config.load import ConfigError, load
 from vlm.data.batch import Batch
 from vlm.data.text import Tokenizer, load_tokenizer
@@ -270,7 +270,9 @@ def numbers(start: int, lanes: int, world: World) -> Iterator[int]:
 def bias_rate(run: schema.Run) -> float | None:
     """Step of the experts' selection bias, if that is what balances them."""
     language = run.model.language
-    return language.ffn.bias_rate if language is not None and isinstance(language.ffn, MoeFfn) else None
+    if not isinstance(language, TransformerLanguage) or not isinstance(language.ffn, MoeFfn):
+        return None
+    return language.ffn.bias_rate
 
 
 def objective(settings: schema.Loss, tokenizer: Tokenizer, accumulate: int = 1) -> Objective:

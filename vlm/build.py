@@ -13,6 +13,7 @@ from vlm.config.language import (
     AttentionMixer,
     Ffn,
     GatedMlpFfn,
+    HuggingFaceLanguage,
     Mixer,
     MoeFfn,
     PublishedLanguage,
@@ -35,6 +36,7 @@ from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from vlm.model import language, vlm
 from vlm.model.connector import FirstToken, MeanPool, MlpConnector
 from vlm.model.heads import ContrastiveHead, MatchingHead
+from vlm.model.huggingface import huggingface_language
 from vlm.model.language import Decoder, Language, LearnedPositions
 from vlm.model.lora import Lora, about, add_lora
 from vlm.model.published import load as published
@@ -78,6 +80,9 @@ def model(run: schema.Run, tokenizer: Tokenizer, reads: Reader | None = None) ->
     writer = None if settings.language is None else language_model(settings.language, tokenizer.size)
     words = (tokenizer.size, longest) if reads is None else (reads.tokenizer.size, reads.max_tokens)
     bridge = connector(settings.connector, vision, writer, *words)
+    words_of = tokenizer if reads is None else reads.tokenizer
+    if isinstance(bridge, QFormer) and bridge.text is not None and words_of.bos is None:
+        raise ValueError("tokenizer: it has no start token, and what a Q-Former reads begins with one: take another")
     heads = "itc" in kinds or "itm" in kinds
     text_dim = text.dim if text is not None else bridge.width if isinstance(bridge, QFormer) else 0
     seen = bridge.dim
@@ -164,16 +169,25 @@ def text_encoder(settings: schema.TextTower, vocabulary: int, max_tokens: int) -
 def language_model(settings: LanguageSettings, vocabulary: int) -> Language:
     """The language model, with its published weights if any are named; `vocabulary`: rows that its texts need.
 
-    Errors: a published model with fewer.
+    ValueError: a published model with fewer.
     """
     match settings:
         case TransformerLanguage():
             return decoder(settings, vocabulary)
         case PublishedLanguage(name=name, architecture=values):
             known = values if values is None or name is not None else {"vocab_size": vocabulary, **values}
-            return published.language_model(name, known, None if settings.dtype is None else DTYPES[settings.dtype])
+            dtype = None if settings.dtype is None else DTYPES[settings.dtype]
+            found = published.language_model(name, known, dtype)
+        case HuggingFaceLanguage(name=name, pretrained=pretrained):
+            found = huggingface_language(name, pretrained)
         case _:
             assert_never(settings)
+    if (rows := found.vocabulary) < vocabulary:
+        raise ValueError(
+            f"model.language.name={name}: it knows {rows} tokens, the tokenizer {vocabulary}: take its own "
+            f"(tokenizer.kind=published tokenizer.name={name})"
+        )
+    return found
 
 
 def decoder(settings: TransformerLanguage, vocabulary: int) -> Decoder:

@@ -71,6 +71,8 @@ def test_one_token_for_start_and_end_stands_once(tmp_path: Path) -> None:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # as GPT-2
     ids = pack(["ab", "b"], Tokenizer(inner, bos=2, eos=2, pad=2, dec=2), tmp_path / "ids")
     assert ids.tolist() == [0, 1, 2, 1, 2]
+    none = pack(["ab", "b"], Tokenizer(inner, bos=None, eos=2, pad=2, dec=2), tmp_path / "other")  # as Qwen
+    assert none.tolist() == [0, 1, 2, 1, 2]
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Captions in pieces, with stop strings and by beams: all agree with each other."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -64,6 +65,16 @@ def test_several_captions_with_scores() -> None:
         assert all(isinstance(caption, Caption) for caption in row)
         assert [caption.score for caption in row] == sorted((caption.score for caption in row), reverse=True)
         assert len(row) == 3
+
+
+@pytest.mark.parametrize("decoding", [Sampling(16), Beams(3, max_new=9)])
+def test_a_caption_ends_at_any_end_token(decoding: Decoding) -> None:
+    model, tokenizer = made()
+    early = tokenizer.encode(told(Sampling(16))[1])[3]
+    several = replace(tokenizer, ends=(tokenizer.eos, early))
+    found = describe(model, several, pictures(4), TEMPLATE, 32, decoding)
+    assert found != told(decoding)
+    assert not any(early in tokenizer.encode(text) for text in found)
 
 
 @pytest.mark.parametrize("decoding", [Sampling(17), Beams(2, max_new=17)])

@@ -99,6 +99,14 @@ class PublishedLanguage(Section):
         return self
 
 
+class HuggingFaceLanguage(Section):
+    """Any other causal language model of transformers, as it is: pip install 'vlm[hf]'."""
+
+    kind: Literal["huggingface"]
+    name: str = Field(description="folder, or OWNER/NAME[@REVISION] of the hub; code beside the weights is never run")
+    pretrained: bool = Field(True, description="with its weights; false: random ones")
+
+
 class TransformerLanguage(Section):
     """A decoder, Llama-like unless told otherwise."""
 
@@ -137,4 +145,4 @@ class TransformerLanguage(Section):
         return self
 
 
-Language = Annotated[TransformerLanguage | PublishedLanguage, Field(discriminator="kind")]
+Language = Annotated[TransformerLanguage | PublishedLanguage | HuggingFaceLanguage, Field(discriminator="kind")]

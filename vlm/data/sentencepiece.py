@@ -1,7 +1,9 @@
 """SentencePiece's model files (tokenizer.model, spiece.model) as a `tokenizers.Tokenizer`, without that library.
 
 The files are protocol buffers: numbered fields, of which few matter here. The numbers are those of
-sentencepiece_model.proto (Kudo and Richardson 2018, arXiv 1808.06226).
+sentencepiece_model.proto (Kudo and Richardson 2018, arXiv 1808.06226). Ids are SentencePiece's own, also where
+transformers' differ (a text that begins with a space, in version 5). Known difference: a rule of the normaliser's
+table that ends within a grapheme (a hard space before a joiner) is applied to all of it, as in `tokenizers`.
 """
 
 import struct
@@ -121,11 +123,12 @@ def _model(data: bytes) -> Model:
     kind = trainer.get(3, _UNIGRAM)
     if not pieces or kind not in (_UNIGRAM, _BPE):
         raise ValueError("it has no pieces" if not pieces else f"model_type={kind!r}, neither unigram nor BPE")
-    if any(piece.kind == Kind.UNUSED for piece in pieces):
-        raise ValueError("it has unused pieces")
-    charsmap = normalizer.get(2, b"")
-    assert isinstance(charsmap, bytes)
+    if strange := {piece.kind.name.lower() for piece in pieces} & {"user_defined", "unused"}:
+        raise ValueError(f"it has {' and '.join(sorted(strange))} pieces; give the model's tokenizer.json")
     start, end = (_identity(trainer.get(number, usual)) for number, usual in ((41, 1), (42, 2)))
+    charsmap = normalizer.get(2, b"")
+    if not isinstance(charsmap, bytes) or max(start or 0, end or 0) >= len(pieces):
+        raise ValueError("its parts do not belong together")
     return Model(
         tuple(pieces),
         kind == _BPE,
@@ -160,8 +163,6 @@ def _tokenizer(model: Model) -> tokenizers.Tokenizer:
     for piece in model.pieces:
         if piece.kind in (Kind.CONTROL, Kind.UNKNOWN):
             inner.add_special_tokens([AddedToken(piece.text, special=True, normalized=False)])
-        elif piece.kind == Kind.USER_DEFINED:
-            inner.add_tokens([AddedToken(piece.text, normalized=_SPACE in piece.text)])
     names = [(model.pieces[i].text, i) for i in (model.start, model.end) if i is not None]
     if model.start is not None:
         inner.post_processor = processors.TemplateProcessing(single=[names[0][0], "$A"], special_tokens=names[:1])

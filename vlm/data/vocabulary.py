@@ -119,10 +119,11 @@ def _from_merges(file: Path) -> tokenizers.Tokenizer:
     lines = file.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if right]
-    try:
-        inner = tokenizers.Tokenizer(models.BPE(beside(file, file.name), merges))
-    except Exception as error:  # as above
-        raise ValueError(f"{file}: does not fit the merges.txt beside it ({error})") from None
+    ids = beside(file, file.name)
+    # The library aborts where a merge makes what the vocabulary lacks.
+    if lacking := [left + right for left, right in merges if not {left, right, left + right} <= ids.keys()]:
+        raise ValueError(f"{file}: does not fit the merges.txt beside it, which makes {lacking[0]!r} of what is there")
+    inner = tokenizers.Tokenizer(models.BPE(ids, merges))
     space = bool(config.get("add_prefix_space", False))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=family == "gpt2")
     if family == "qwen2":

@@ -27,6 +27,7 @@ class Language(Protocol):
     """What a language model offers to the rest; a module of the user's own fits without registering anything."""
 
     dim: int
+    vocabulary: int
 
     def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Embeddings of token ids."""
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
         `positions`: from positions (B S) to what is added to the embeddings; rotary ones belong to the stack.
         """
         super().__init__()
-        self.dim = dim
+        self.dim, self.vocabulary = dim, vocabulary
         self.embedding = nn.Embedding(vocabulary, dim)
         self.positions = positions
         self.stack = stack

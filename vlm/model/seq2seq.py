@@ -37,7 +37,7 @@ class EncoderDecoder(nn.Module):
         `start`: the token that every answer begins with (T5: the padding token).
         """
         super().__init__()
-        self.dim, self.scale, self.start = dim, scale, start
+        self.dim, self.vocabulary, self.scale, self.start = dim, vocabulary, scale, start
         self.embedding = nn.Embedding(vocabulary, dim)
         self.encoder, self.decoder = encoder, decoder
         self.head = None if tied else nn.Linear(dim, vocabulary, bias=False)

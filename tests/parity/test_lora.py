@@ -15,7 +15,10 @@ from vlm.loss.language import language, supervised
 from vlm.model.adapter_file import load_adapter, save_adapter
 from vlm.model.language import Decoder
 from vlm.model.lora import Lora, add_lora, merge_lora
+from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.llama import llama_table
+from vlm.model.weights.rows import Row
+from vlm.model.weights.table import Table
 from vlm.nn.adapter import adapters, is_adapter
 from vlm.nn.tokens import Tokens
 
@@ -91,6 +94,23 @@ def test_peft_reads_our_folder(tmp_path: Path) -> None:
     again, _ = pair()
     assert set(load_adapter(again, tmp_path / "adapter", TABLE)) == set(adapters(ours))
     assert torch.equal(logits(again, ids()), logits(ours, ids()))
+    behind = VisionLanguageModel(language=pair()[0])
+    names = load_adapter(behind, tmp_path / "adapter", TABLE.under("", "language."))
+    assert torch.equal(logits(behind.language, ids()), logits(ours, ids()))
+    assert "language.stack.blocks.1.ffn.gate" in names
+
+
+def test_layers_that_one_side_has_fused_or_tied(tmp_path: Path) -> None:
+    ours, theirs = pair()
+    head = get_peft_model(theirs, LoraConfig(r=2, target_modules=["lm_head"]))
+    head.save_pretrained(str(tmp_path / "head"), save_embedding_layers=False)
+    with pytest.raises(ValueError, match="llama: lm_head: fused or tied with others in one of the two layouts"):
+        load_adapter(ours, tmp_path / "head", TABLE)
+    fused = Table("fused", (Row("qkv.weight", tuple(f"stack.blocks.0.mixer.{n}.weight" for n in ("query", "key"))),))
+    add_lora(ours, [Lora(r"stack\.blocks\.0\.mixer\.(query|key)")])
+    with pytest.raises(ValueError, match=r"fused: stack\.blocks\.0\.mixer\.query, .*: fused or tied"):
+        save_adapter(ours, tmp_path / "fused", table=fused)
+    assert not (tmp_path / "fused").exists()
 
 
 def scaled(model: Decoder, factor: float) -> Tensor:

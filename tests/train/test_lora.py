@@ -77,7 +77,7 @@ def test_adapters_and_the_connector_learn_and_nothing_else(tmp_path: Path) -> No
     batch = job.batch("a red square", "a green square")
     job.task.train()
     losses = [job.step([batch])[0]["lm"] for _ in range(12)]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     assert hashes(job.model) == still
     moved = {name for name, value in job.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == set(decided)

@@ -20,11 +20,11 @@ from vlm.model.lora import Lora, wrap
 from vlm.model.weights.conversion import STACKED
 from vlm.model.weights.files import fingerprint, read
 from vlm.model.weights.table import Table
-from vlm.nn.adapter import adapters, is_adapter, plain
+from vlm.nn.adapter import adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-HASH, PARTS = "base_sha256", "base_parts"  # in the header of the weights, where peft looks for nothing
+HASH = "base_sha256"  # in the header of the weights, where peft looks for nothing
 
 # Settings of LoRA that change nothing in what trained adapters compute, and those that are understood.
 _HARMLESS = {
@@ -54,7 +54,7 @@ class _Pair(NamedTuple):
 
 
 def save_adapter(model: nn.Module, folder: Path, base: str | None = None, table: Table | None = None) -> None:
-    """Writes all adapters of a model, and the hash of the parts that they belong to; whole or not at all.
+    """Writes all adapters of a model, and the hash of the layers that they stand beside; whole or not at all.
 
     `base`: name of the model that they are for. `table`: gives the layers their published names.
     Errors: no adapters; a folder that exists; layers that the published model holds fused with others.
@@ -83,10 +83,9 @@ def save_adapter(model: nn.Module, folder: Path, base: str | None = None, table:
     for name, own in found.items():
         tensors[f"{PREFIX}{names[name]}.lora_A.weight"] = own.down.weight.detach().cpu().contiguous()
         tensors[f"{PREFIX}{names[name]}.lora_B.weight"] = own.up.weight.detach().cpu().contiguous()
-    parts = sorted({name.partition(".")[0] for name in found})
     with drafted(folder, overwrite=False) as draft:
         (draft / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        header = {"format": "pt", HASH: base_hash(model, parts), PARTS: " ".join(parts)}
+        header = {"format": "pt", HASH: _base_hash({names[name]: own.base for name, own in found.items()})}
         save_file(tensors, draft / WEIGHTS, metadata=header)
 
 
@@ -109,7 +108,7 @@ def load_adapter(model: nn.Module, folder: Path, table: Table | None = None) -> 
     if problems:
         shown = "\n  ".join(problems[:12] + ([f"… and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise ValueError(f"{folder} does not fit this model:\n  {shown}")
-    _check_base(model, folder)
+    _check_base({name: things[ours[name]] for name in pairs}, folder)
     wrap(model, {ours[name]: _spec(config, name) for name in pairs})
     found = adapters(model)
     with torch.no_grad():
@@ -119,17 +118,19 @@ def load_adapter(model: nn.Module, folder: Path, table: Table | None = None) -> 
     return list(ours.values())
 
 
-def base_hash(model: nn.Module, parts: list[str]) -> str:
-    """SHA-256 of all weights of some parts but the adapters."""
-    state = {plain(name): value for name, value in model.state_dict().items() if not is_adapter(name)}
-    return fingerprint(state, [name for name in state if name.partition(".")[0] in parts])
+def _base_hash(layers: Mapping[str, nn.Module]) -> str:
+    """SHA-256 of the layers' weights under the names that they have in the file."""
+    tensors = {f"{name}.{own}": value for name, layer in layers.items() for own, value in layer.state_dict().items()}
+    return fingerprint(tensors, list(tensors))
 
 
-def _check_base(model: nn.Module, folder: Path) -> None:
+def _check_base(layers: Mapping[str, nn.Module], folder: Path) -> None:
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        header = file.metadata() or {}
-    if HASH in header and header[HASH] != base_hash(model, header[PARTS].split()):
-        raise ValueError(f"{folder}: these adapters were trained on other weights of {header[PARTS]} than this model's")
+        known = (file.metadata() or {}).get(HASH)
+    if known is not None and known != _base_hash(layers):
+        raise ValueError(
+            f"{folder}: these adapters were trained beside other weights than this model's (or in another dtype)"
+        )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -219,9 +220,7 @@ def _layers(made: Mapping[tuple[str, ...], tuple[str, ...]], names: list[str], f
     """Names of layers on the other side. ValueError: matrices that are cut, fused or turned on the way."""
     alone = {ours[0]: theirs[0] for ours, theirs in made.items() if len(ours) == len(theirs) == 1}
     if fused := [name for name in names if f"{name}.weight" not in alone]:
-        raise ValueError(
-            f"{family}: {', '.join(fused[:4])}: fused with others in one of the two layouts; merge instead"
-        )
+        raise ValueError(f"{family}: {', '.join(fused[:4])}: fused or tied with others in one of the two layouts")
     return {name: alone[f"{name}.weight"].removesuffix(".weight") for name in names}
 
 

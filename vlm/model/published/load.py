@@ -1,6 +1,6 @@
 """A published checkpoint by its name or path: found, understood, and loaded into our parts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,57 +9,65 @@ import torch
 from torch import nn
 
 from vlm.model.language import Language
-from vlm.model.published.blip2 import blip2_part
-from vlm.model.published.clip import clip_part, clip_vision_part, openai_clip_part
-from vlm.model.published.hub import find, read_json
+from vlm.model.published.hub import find, pinned
 from vlm.model.published.language import language_part
-from vlm.model.published.llava import llava_part
-from vlm.model.published.part import Part
-from vlm.model.published.processor import image_transform
-from vlm.model.published.siglip import siglip_part
-from vlm.model.published.vit import blip2_vit
+from vlm.model.published.lavis import contents, lavis_language, lavis_system
+from vlm.model.published.systems import settings_of, system_part, vision_part
 from vlm.model.vision import ClassToken, ImageEncoder
 from vlm.model.vlm import VisionLanguageModel
-from vlm.model.weights.fill import fill
+from vlm.model.weights.fill import Source, fill_from
+from vlm.model.weights.hollow import hollow
 from vlm.model.weights.source import Weights, open_weights
-
-CONFIG = "config.json"
+from vlm.model.weights.table import Table
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint, found and understood; its weights are not read, and the module is on the meta device."""
+    """A published checkpoint, found and understood; until `load` fills it, its module has no memory."""
 
     path: Path
     values: Mapping[str, Any]  # of its config.json
-    part: Part
-    weights: Weights
+    model: VisionLanguageModel
+    table: Table  # of what its own files hold
+    sources: Sequence[Source]  # its own files, and those of parts that lie elsewhere
 
     @property
-    def model(self) -> VisionLanguageModel:
-        """The system that it is."""
-        assert isinstance(self.part.module, VisionLanguageModel)
-        return self.part.module
+    def name(self) -> str:
+        """By which it is found again: OWNER/NAME@COMMIT, or its path."""
+        return pinned(self.path)
 
-    def piece(self, name: str) -> Part:
-        """One part of the system, such as "vision". ValueError: it has no such part."""
+    def piece(self, name: str) -> tuple[nn.Module, list[Source]]:
+        """One part of the system, such as "vision", and what fills it. ValueError: it has no such part."""
         module = getattr(self.model, name)
         if module is None:
             raise ValueError(f"{self.path}: has no part '{name}'")
-        return Part(module, self.part.table.only(f"{name}."))
+        pieces = [Source(source.table.only(f"{name}."), source.weights) for source in self.sources]
+        return module, [piece for piece in pieces if piece.table.rows]
 
 
-def open_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str, parts: Mapping[str, str] | None = None, revision: str | None = None) -> Checkpoint:
     """`name`: a folder, a file, or OWNER/NAME[@REVISION] of the hub (then, and only then, the network is used).
 
-    ValueError: nothing of that name, no weights, a family that is not known, a setting that our parts do not have.
+    `parts`: of which parts the weights lie elsewhere, by names or paths as well: what the authors' own files leave out,
+    or what is to stand in place of theirs. ValueError: nothing of that name, no weights, a family that is not known, a
+    setting that our parts do not have, a part that is missing.
     """
     path = find(name, revision)
     weights = open_weights(path)
-    values = read_json(path, CONFIG) if path.is_dir() else {}
-    with torch.device("meta"):
+    others = {part: find(source) for part, source in (parts or {}).items()}
+    values = settings_of(path)
+    with hollow():
+        if not values and contents(weights) & {"qformer", "projection"}:
+            return _lavis(path, weights, others)
         part = system_part(values, path, weights)
-    return Checkpoint(path, values, part, weights)
+    assert isinstance(part.module, VisionLanguageModel)
+    own = part.table
+    for other in others:
+        if getattr(part.module, other, None) is None:
+            raise ValueError(f"parts.{other}: {path} has no such part")
+        own = own.without(f"{other}.")
+    beside = [_beside(part.table, other, place) for other, place in others.items()]
+    return Checkpoint(path, values, part.module, part.table, [Source(own, weights), *beside])
 
 
 def load(
@@ -69,82 +77,31 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Checkpoint:
-    """A published checkpoint with its weights, in evaluation mode, nothing of it learning.
+    """A published checkpoint with its weights, in evaluation mode, nothing of it learning; arguments as above.
 
-    `parts`: of which parts the weights lie elsewhere (names or paths as well): what the authors' own files leave out.
-    `dtype`: of the weights; as published unless given, but fp32 in place of fp16 on CPUs, which are slow at that.
-    ValueError as of `open_checkpoint` and `fill`.
+    `dtype`: of the weights; as published unless given, but fp32 in place of half precision on CPUs.
+    ValueError as of `open_checkpoint`, and for names or shapes that differ.
     """
-    found = open_checkpoint(name, revision)
-    others = {part: open_checkpoint(source) for part, source in (parts or {}).items()}
-    for part in [part for part, _ in found.model.named_children()]:
-        source = others.get(part, found)
-        take(found.piece(part).module, source, part, dtype, device)
+    found = open_checkpoint(name, parts, revision)
+    _fill(found.model, found.sources, dtype, device)
     found.model.eval().requires_grad_(False)
     return found
 
 
-def take(
-    module: nn.Module,
-    source: Checkpoint,
-    part: str,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Fills a module of ours (on the meta device) with that part of a published checkpoint."""
-    fill(module, source.piece(part).table, source.weights, fitting(source.weights, dtype, device), device)
-    if isinstance(module, ImageEncoder):
-        module.backbone.to(memory_format=torch.channels_last)
-
-
-def fitting(weights: Weights, dtype: torch.dtype | None, device: torch.device | str) -> torch.dtype | None:
-    """The dtype asked for; fp32 for what is published in half precision, if the device is a CPU and none is asked."""
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in weights.values())
-    return torch.float32 if dtype is None and half and torch.device(device).type == "cpu" else dtype
-
-
-def system_part(values: Mapping[str, Any], path: Path, weights: Weights) -> Part:
-    """The system of ours that a config.json describes; without one (a single file) the names of the weights tell."""
-    where = str(path / CONFIG) if path.is_dir() else str(path)
-    if not values:
-        return openai_clip_part({name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
-    transform = image_transform(path)
-    match values.get("model_type"):
-        case "clip":
-            return clip_part(values, where, transform)
-        case "siglip":
-            return siglip_part(values, where, transform)
-        case "blip-2" | "instructblip":
-            return blip2_part(values, where)
-        case "llava" | "llava_llama":
-            return llava_part(values, where, transform)
-        case _:
-            part = language_part(values, where)
-            assert isinstance(part.module, Language)
-            return Part(VisionLanguageModel(language=part.module), part.table.under("", "language."))
-
-
-def vision_part(values: Mapping[str, Any], where: str) -> Part:
-    """The image encoder that a vision_config describes. ValueError: a family that is not known."""
-    match values.get("model_type"):
-        case "clip_vision_model":
-            return clip_vision_part(values, where)
-        case "blip_2_vision_model":
-            return blip2_vit(values, where)
-        case other:
-            raise ValueError(f"{where}: model_type={other!r}: known are clip_vision_model, blip_2_vision_model")
-
-
 def language_model(name: str | None, architecture: Mapping[str, Any] | None, dtype: torch.dtype | None) -> Language:
-    """A published language model; without a name, or on the meta device, only its architecture."""
-    if name is None or torch.get_default_device().type == "meta":
+    """A published language model; without a name, or on the meta device, only its architecture.
+
+    ValueError also where `architecture` is given and the checkpoint is another.
+    """
+    if name is None or (_hollow() and architecture is not None):
         assert architecture is not None
         module = language_part(architecture, "model.language.architecture").module
     else:
         source = open_checkpoint(name)
         _agree(source.values.get("text_config", source.values), architecture, "model.language.architecture", name)
-        module = source.piece("language").module
-        take(module, source, "language", dtype or torch.float32, torch.get_default_device())
+        module, sources = source.piece("language")
+        if not _hollow():
+            _fill(module, sources, dtype or torch.float32, torch.get_default_device())
     assert isinstance(module, Language)
     return module
 
@@ -161,18 +118,52 @@ def image_encoder(
 
     `layer`, `class_token`: which of its tokens are read, whatever the system itself reads.
     """
-    if name is None or torch.get_default_device().type == "meta":
+    if name is None or (_hollow() and architecture is not None):
         assert architecture is not None
         module = vision_part(architecture, "model.vision.architecture").module
         assert isinstance(module, ImageEncoder)
         return module.reading(layer, class_token, frozen, dtype)
     source = open_checkpoint(name)
     _agree(source.values.get("vision_config", source.values), architecture, "model.vision.architecture", name)
-    own = source.piece("vision").module
+    own, sources = source.piece("vision")
     assert isinstance(own, ImageEncoder)
     encoder = own.reading(layer, class_token, frozen, dtype)
-    take(encoder, source, "vision", dtype or torch.float32, torch.get_default_device())
+    if not _hollow():
+        _fill(encoder, sources, dtype or torch.float32, torch.get_default_device())
     return encoder
+
+
+def _fill(module: nn.Module, sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device | str) -> None:
+    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for s in sources for tensor in s.weights.values())
+    if dtype is None and half and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    fill_from(module, sources, dtype, device)
+    for encoder in module.modules():
+        if isinstance(encoder, ImageEncoder):
+            encoder.backbone.to(memory_format=torch.channels_last)
+
+
+def _beside(own: Table, part: str, path: Path) -> Source:
+    """A part's weights that lie elsewhere: in a system's folder, or in a file that names them as `own` does."""
+    weights, values = open_weights(path), settings_of(path)
+    table = system_part(values, path, weights).table if values else own
+    return Source(table.only(f"{part}.").under("", f"{part}."), weights)
+
+
+def _lavis(path: Path, weights: Weights, others: Mapping[str, Path]) -> Checkpoint:
+    """A file of LAVIS or MiniGPT-4, with the parts that it lacks."""
+    files = {part: open_weights(place) for part, place in others.items()}
+    language = None
+    if "language" in others:
+        language = lavis_language(settings_of(others["language"]), str(others["language"]))
+    beside = {part: found for part, found in files.items() if part != "language"}
+    system = lavis_system(str(path), weights, beside, language)
+    sources = [Source(table, {"main": weights, **files}[part]) for part, table in system.tables.items()]
+    return Checkpoint(path, {}, system.module, system.tables["main"], sources)
+
+
+def _hollow() -> bool:
+    return torch.get_default_device().type == "meta"
 
 
 def _agree(values: Mapping[str, Any], wanted: Mapping[str, Any] | None, where: str, name: str) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -78,10 +79,28 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module.get_submodule(path), last, tensor)
 
 
+class Source(NamedTuple):
+    """Published weights, and the table that makes some or all of our tensors of them."""
+
+    table: Table
+    weights: Weights
+
+
 def fill(
     module: nn.Module,
     table: Table,
     weights: Weights,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    keep: Sequence[str] = (),
+) -> None:
+    """As `fill_from`, from one source."""
+    fill_from(module, [Source(table, weights)], dtype, device, keep)
+
+
+def fill_from(
+    module: nn.Module,
+    sources: Sequence[Source],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     keep: Sequence[str] = (),
@@ -96,42 +115,46 @@ def fill(
     that differ; the module then holds some of its weights and is of no use.
     """
     slots = Slots(module)
-    units = plan(slots, table, weights)
+    units = plan(slots, sources)
     if idle := [pattern for pattern in keep if not any(re.fullmatch(pattern, name) for name in slots.tensors)]:
-        raise ValueError(f"keep: patterns that match no tensor of {table.family}: {', '.join(idle)}")
+        raise ValueError(f"keep: patterns that match no tensor of {sources[0].table.family}: {', '.join(idle)}")
     target = Target(dtype, torch.device(device), keep)
     _make_buffers(slots, target.device)
-    sizes = [sum(weights[name].nbytes for name in unit.theirs) for unit in units]
-    with _progress(f"load {weights.source.name}", sum(sizes)) as advance:
-        for unit, size in zip(units, sizes, strict=True):
+    sizes = [sum(weights[name].nbytes for name in unit.theirs) for unit, weights in units]
+    with _progress(f"load {sources[0].weights.source.name}", sum(sizes)) as advance:
+        for (unit, weights), size in zip(units, sizes, strict=True):
             for name, tensor in _ours(unit, weights, target).items():
                 slots.put(name, tensor)
             advance(size)
 
 
-def plan(slots: Slots, table: Table, weights: Weights) -> list[Unit]:
+def plan(slots: Slots, sources: Sequence[Source]) -> list[tuple[Unit, Weights]]:
     """The units that fill the slots, in the order of the files; only shapes are looked at.
 
     ValueError: names or shapes that differ, all listed.
     """
-    units, missing, unknown = table.sort(weights)
-    problems = [f"missing beside others: {name}" for name in missing]
-    problems += [f"not in the model: {name} {shape(weights[name])}" for name in unknown]
-    units = [unit for unit in units if all(name in weights for name in unit.theirs)]
+    problems, units = list[str](), list[tuple[Unit, Weights]]()
     made, odd = dict[str, Tensor](), set[str]()
-    for unit in units:
-        try:
-            with Hollow():
-                made |= unit.to_ours(weights)
-        except (RuntimeError, ValueError, IndexError):  # from a conversion, of shapes that it cannot join or cut
-            shapes = ", ".join(f"{name} {shape(weights[name])}" for name in unit.theirs)
-            problems.append(f"other shape: {shapes} cannot become {', '.join(unit.ours)}")
-            odd |= set(unit.ours)
+    for table, weights in sources:
+        found, missing, unknown = table.sort(weights)
+        problems += [f"missing beside others: {name}" for name in missing]
+        problems += [f"not in the model: {name} {shape(weights[name])}" for name in unknown]
+        whole = [unit for unit in found if all(name in weights for name in unit.theirs)]
+        for unit in whole:
+            try:
+                with Hollow():
+                    made |= unit.to_ours(weights)
+            except (RuntimeError, ValueError, IndexError):  # from a conversion, of shapes that it cannot join or cut
+                shapes = ", ".join(f"{name} {shape(weights[name])}" for name in unit.theirs)
+                problems.append(f"other shape: {shapes} cannot become {', '.join(unit.ours)}")
+                odd |= set(unit.ours)
+        whole.sort(key=lambda unit: min(weights.place(name) for name in unit.theirs))
+        units += [(unit, weights) for unit in whole]
     given = odd | made.keys()
     own = slots.tensors.items()
     wanted = {name: tensor for name, tensor in own if name in made or not given.intersection(slots.tied(name))}
-    refuse(problems + differences(wanted, made), str(weights.source))
-    return sorted(units, key=lambda unit: min(weights.place(name) for name in unit.theirs))
+    refuse(problems + differences(wanted, made), " and ".join(str(source.weights.source) for source in sources))
+    return units
 
 
 def _ours(unit: Unit, weights: Weights, target: Target) -> dict[str, Tensor]:

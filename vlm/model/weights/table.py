@@ -100,6 +100,14 @@ class Table:
         passed = (pattern for row in others for pattern in row.patterns())
         return replace(self, rows=rows, also=also, ignored=(*self.ignored, *passed))
 
+    def without(self, ours: str) -> "Table":
+        """The table of the rest: what the files hold of the part whose names of ours begin so is passed over."""
+        rows = tuple(row for row in self.rows if row.within(ours) is None)
+        also = tuple(row for row in self.also if row.within(ours) is None)
+        left = [row for row in (*self.rows, *self.also) if row.within(ours) is not None]
+        passed = (pattern for row in left for pattern in row.patterns())
+        return replace(self, rows=rows, also=also, ignored=(*self.ignored, *passed))
+
     def _refuse(self, names: list[str], what: str) -> None:
         if names:
             shown = ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

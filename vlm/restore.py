@@ -1,7 +1,7 @@
 """A run's folder back to a model: its settings, tokenizer, parts taken from other runs, and trained weights."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,10 +12,12 @@ from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.language import PublishedLanguage
 from vlm.config.load import load
-from vlm.data.talk_batch import Reader
+from vlm.data.talk_batch import Reader, TalkForm
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
 from vlm.model.lora import merge_lora
+from vlm.model.published.start import starting_weights
+from vlm.model.published.usage import Usage
 from vlm.model.vlm import VisionLanguageModel
 from vlm.nn.ffn import GatedMlp
 from vlm.nn.moe import MixtureOfExperts, upcycle
@@ -25,35 +27,42 @@ READER = "reader.json"  # the tokenizer of a Q-Former that reads questions
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model as a run left it."""
+class Ready:
+    """A model ready for use, from a run or as published."""
 
-    run: schema.Run
+    name: str  # by which the user called it
     model: VisionLanguageModel
     tokenizer: Tokenizer
-    step: int
-    name: str
+    settings: schema.Data  # how texts reach it
+    writes: bool  # was it trained to?
+    batch_size: int = 32  # pictures that it takes at a time
+    vision: schema.Vision | None = None  # which encoder features of a run are of
     reads: Reader | None = None  # how its Q-Former reads questions
+    usage: Usage | None = None  # how the authors of a published model have it write
 
     @property
     def data(self) -> schema.PairData | schema.ChatData:
-        """How pictures and texts reach it. Errors: it was trained on text alone."""
-        return self.run.pictures
+        """How pictures and texts reach it. ValueError: it knows text alone."""
+        if isinstance(self.settings, schema.TextData):
+            raise ValueError(f"{self.name} knows text alone: it cannot look at pictures")
+        return self.settings
 
-    @property
-    def vision(self) -> schema.Vision | None:
-        """Which encoder its features are of."""
-        return self.run.model.vision
+    def form(self) -> TalkForm:
+        """How conversations become text for it. ValueError: it writes no answers."""
+        if self.model.language is None:
+            raise ValueError(f"{self.name} has no language model, so it cannot answer")
+        data, model = self.data, self.model
+        template = build.template(data.template)
+        form = TalkForm(self.tokenizer, template, model.image_tokens, data.max_tokens, reader=self.reads)
+        return replace(form, reply_start=model.reply_start)
 
-    @property
-    def batch_size(self) -> int:
-        """Pictures that it takes at a time."""
-        return self.run.train.batch_size
 
-    @property
-    def writes(self) -> bool:
-        """Was it trained to write?"""
-        return any(loss.kind == "lm" for loss in self.run.losses)
+@dataclass(frozen=True)
+class Trained(Ready):
+    """A model as a run left it."""
+
+    run: schema.Run = field(kw_only=True)
+    step: int = field(kw_only=True)
 
 
 def sourced_parts(run: schema.Run) -> set[str]:
@@ -70,7 +79,8 @@ def _named(model: schema.Model) -> dict[str, str | None]:
 
 
 def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> list[str]:
-    """Fills parts from the runs that `model.init` names (relative to `folder` or to the working directory).
+    """Fills parts from the runs that `model.init` names (relative to `folder` or to the working directory), or from
+    published checkpoints.
 
     Adapters of these runs come merged; those of `model.lora` are put in at the end.
     Returns a line for each part: what was taken, what is new here, what was left behind; then the adapters'.
@@ -79,19 +89,35 @@ def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> lis
     for part, source in run.model.init.items():
         if source is None:
             continue
-        path = _find(source, folder)
-        if path is None:
-            raise ValueError(f"model.init.{part}: '{source}' is not the folder of a run (it has no {CONFIG})")
-        other = restore(path)
-        merge_lora(other.model)
-        module, given = getattr(model, part), getattr(other.model, part)
-        if module is None or given is None:
-            raise ValueError(f"model.init.{part}: {'this model' if module is None else path} has no such part")
-        weights, line = given.state_dict(), ""
-        if isinstance(module, Decoder) and isinstance(given, Decoder):
-            weights, line = _upcycled(module, given)
-        lines.append(_take(module, weights, part, path) + line)
+        module = getattr(model, part)
+        if module is None:
+            raise ValueError(f"model.init.{part}: this model has no such part")
+        if (path := _find(source, folder)) is not None:
+            weights, line = _of_run(module, part, path)
+        else:
+            weights, line = _of_published(module, part, source)
+        lines.append(_take(module, weights, part, source if path is None else str(path)) + line)
     return lines + build.adapt(run, model)
+
+
+def _of_run(module: nn.Module, part: str, path: Path) -> tuple[dict[str, Tensor], str]:
+    other = restore(path)
+    merge_lora(other.model)
+    given = getattr(other.model, part)
+    if given is None:
+        raise ValueError(f"model.init.{part}: {path} has no such part")
+    if isinstance(module, Decoder) and isinstance(given, Decoder):
+        return _upcycled(module, given)
+    return given.state_dict(), ""
+
+
+def _of_published(module: nn.Module, part: str, source: str) -> tuple[dict[str, Tensor], str]:
+    try:
+        return starting_weights(module, part, source)
+    except ValueError as error:
+        raise ValueError(
+            f"model.init.{part}: no folder of a run (with a {CONFIG}), and not usable else: {error}"
+        ) from None
 
 
 def _upcycled(module: Decoder, given: Decoder) -> tuple[dict[str, Tensor], str]:
@@ -116,17 +142,17 @@ def _find(source: str, folder: Path) -> Path | None:
     return next((path for path in places if (path / CONFIG).is_file()), None)
 
 
-def _take(module: nn.Module, given: dict[str, Tensor], part: str, path: Path) -> str:
+def _take(module: nn.Module, given: dict[str, Tensor], part: str, source: str) -> str:
     own = module.state_dict()
     shared = {name for name in own if name in given}
     differing = [name for name in sorted(shared) if own[name].shape != given[name].shape]
     if differing or not shared:
         what = ", ".join(f"{n} {tuple(given[n].shape)} for {tuple(own[n].shape)}" for n in differing[:5])
-        raise ValueError(f"model.init.{part}: the weights of {path} do not fit: {what or 'no name in common'}")
+        raise ValueError(f"model.init.{part}: the weights of {source} do not fit: {what or 'no name in common'}")
     module.load_state_dict({name: given[name] for name in shared}, strict=False)
     new, left = sorted(set(own) - shared), sorted(set(given) - shared)
     extra = f", new here: {', '.join(new[:4])}{' …' if len(new) > 4 else ''}" if new else ""
-    return f"{part}: {len(shared)} tensors from {path}{extra}" + (f", {len(left)} left behind" if left else "")
+    return f"{part}: {len(shared)} tensors from {source}{extra}" + (f", {len(left)} left behind" if left else "")
 
 
 def restore(folder: Path, device: torch.device | None = None) -> Trained:
@@ -144,12 +170,18 @@ def restore(folder: Path, device: torch.device | None = None) -> Trained:
     model.eval().requires_grad_(False)
     if device is not None:
         model.to(device)
-    return Trained(run, model, tokenizer, step, str(folder), reads)
-
-
-def open_model(name: str, device: torch.device | None = None) -> Trained:
-    """What `--model` names. Errors as of `restore`."""
-    return restore(Path(name), device)
+    return Trained(
+        str(folder),
+        model,
+        tokenizer,
+        run.data,
+        any(loss.kind == "lm" for loss in run.losses),
+        run.train.batch_size,
+        run.model.vision,
+        reads,
+        run=run,
+        step=step,
+    )
 
 
 def relative_init(run: schema.Run, folder: Path) -> schema.Run:

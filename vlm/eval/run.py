@@ -12,14 +12,17 @@ from torch import Tensor
 from vlm import build
 from vlm.data.image import BadSample, decode
 from vlm.data.sources import Source
+from vlm.data.talk import ask
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
-from vlm.model.describe import describe
+from vlm.model.describe import answer, describe
 from vlm.model.generate import Decoding, Sampling
+from vlm.model.transcribe import one_line
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device, fast_float32
 from vlm.nn.layout import lay_out_for_decoding
-from vlm.restore import Trained, open_model
+from vlm.ready import open_model
+from vlm.restore import Ready
 
 BATCH = 32  # pictures captioned together
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -31,7 +34,7 @@ def evaluate(model: str, shards: Sequence[str], json: bool = False, caption: str
     print(jsonlib.dumps(result, indent=1) if json else as_text(result))
 
 
-def retrieval(trained: Trained, shards: Sequence[str], caption: str | None = None, k: int = 16) -> dict[str, Any]:
+def retrieval(trained: Ready, shards: Sequence[str], caption: str | None = None, k: int = 16) -> dict[str, Any]:
     """Retrieval of a data set; `caption`: where its captions stand (the run's own setting unless given).
 
     Errors: a model without a contrastive head; data without usable samples; features that are not finite.
@@ -109,14 +112,18 @@ def caption(
         raise ValueError(f"{model} was trained without lm, so it cannot write captions")
     if best_device().type == "cpu":
         lay_out_for_decoding(trained.model)
-    longest = trained.data.max_tokens if max_new is None else max_new
-    sampling = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
+    decoding: Decoding
+    if trained.usage is not None and (max_new, min_new, temperature, top_k, top_p, repetition_penalty) == _UNSAID:
+        decoding = trained.usage.captions
+    else:
+        longest = trained.data.max_tokens if max_new is None else max_new
+        decoding = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
     generator = torch.Generator(best_device()).manual_seed(seed)
     bad = 0
     for start in range(0, len(paths), BATCH):
         readable, pixels = _read(trained, paths[start : start + BATCH])
         bad += len(paths[start : start + BATCH]) - len(readable)
-        said = captions(trained, torch.stack(pixels), sampling, generator) if pixels else []
+        said = captions(trained, torch.stack(pixels), decoding, generator) if pixels else []
         for path, text in zip(readable, said, strict=True):
             record = jsonlib.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
             print(record if json else f"{path}\t{text}", flush=True)
@@ -125,7 +132,10 @@ def caption(
         raise SystemExit(1)
 
 
-def _read(trained: Trained, paths: Sequence[Path]) -> tuple[list[Path], list[Tensor]]:
+_UNSAID = (None, 0, 0.0, None, None, 1.0)  # how a published model writes is then its authors' way
+
+
+def _read(trained: Ready, paths: Sequence[Path]) -> tuple[list[Path], list[Tensor]]:
     readable, pixels = [], []
     transform = need(trained.model.vision, "image encoder").transform
     for path in paths:
@@ -137,22 +147,18 @@ def _read(trained: Trained, paths: Sequence[Path]) -> tuple[list[Path], list[Ten
     return readable, pixels
 
 
-def captions(
-    trained: Trained, images: Tensor, decoding: Decoding, generator: torch.Generator | None = None
-) -> list[str]:
-    """Captions of normalised images, B 3 H W."""
-    data = trained.data
-    device = next(trained.model.parameters()).device
+def captions(trained: Ready, images: Tensor, decoding: Decoding, generator: torch.Generator | None = None) -> list[str]:
+    """Captions of normalised images, B 3 H W: as the run learned to write them, or as a published model is asked to."""
+    model, data = trained.model, trained.data
+    images = images.to(next(model.parameters()).device)
     with fast_float32():
-        return describe(
-            trained.model,
-            trained.tokenizer,
-            images.to(device),
-            build.template(data.template),
-            data.max_tokens,
-            decoding,
-            generator,
-        )
+        if trained.usage is None:
+            template = build.template(data.template)
+            return describe(model, trained.tokenizer, images, template, data.max_tokens, decoding, generator)
+        question = "" if trained.usage.template == "blip2" else trained.usage.caption  # that one has the words itself
+        talks = [ask(question, 1)] * len(images)
+        said = answer(model, trained.form(), talks, images, decoding, generator, trained.usage.stop)
+    return [one_line(text) for text in said]
 
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:

@@ -25,7 +25,7 @@ from vlm.eval.run import captions, retrieval
 from vlm.model.generate import Sampling
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device
-from vlm.restore import Trained, restore
+from vlm.restore import Ready, restore
 from vlm.train.log import note, read_metrics
 from vlm.train.run import train_run
 
@@ -106,7 +106,7 @@ def _evaluate(out: Path) -> dict[str, Any]:
     }
 
 
-def _captions(trained: Trained) -> tuple[dict[str, float], list[Card]]:
+def _captions(trained: Ready) -> tuple[dict[str, float], list[Card]]:
     source = Shards([str(TEST)], caption="json:captions", id_field="hexcode")
     samples = [source.raw(i) for i in range(len(source))]
     transform = need(trained.model.vision, "image encoder").transform

@@ -70,7 +70,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def wanted(names: Sequence[str]) -> list[str]:
     """Of a repository's files those that are of use here: small ones, and one set of weights by preference."""
     top = [name for name in names if "/" not in name]
-    small = [name for name in top if name.endswith(SMALL) and not name.endswith(".index.json")]
+    inside = [name for name in names if name.startswith("qformer_tokenizer/")]  # InstructBLIP has two vocabularies
+    small = [name for name in (*top, *inside) if name.endswith(SMALL) and not name.endswith(".index.json")]
     for whole in FOLDER:
         if whole not in top:
             continue

@@ -83,7 +83,7 @@ def load(
     ValueError as of `open_checkpoint`, and for names or shapes that differ.
     """
     found = open_checkpoint(name, parts, revision)
-    _fill(found.model, found.sources, dtype, device)
+    fill_piece(found.model, found.sources, dtype, device)
     found.model.eval().requires_grad_(False)
     return found
 
@@ -101,7 +101,7 @@ def language_model(name: str | None, architecture: Mapping[str, Any] | None, dty
         _agree(source.values.get("text_config", source.values), architecture, "model.language.architecture", name)
         module, sources = source.piece("language")
         if not _hollow():
-            _fill(module, sources, dtype or torch.float32, torch.get_default_device())
+            fill_piece(module, sources, dtype or torch.float32, torch.get_default_device())
     assert isinstance(module, Language)
     return module
 
@@ -129,11 +129,13 @@ def image_encoder(
     assert isinstance(own, ImageEncoder)
     encoder = own.reading(layer, class_token, frozen, dtype)
     if not _hollow():
-        _fill(encoder, sources, dtype or torch.float32, torch.get_default_device())
+        fill_piece(encoder, sources, dtype or torch.float32, torch.get_default_device())
     return encoder
 
 
-def _fill(module: nn.Module, sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device | str) -> None:
+def fill_piece(
+    module: nn.Module, sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device | str
+) -> None:
     half = any(tensor.dtype in (torch.float16, torch.bfloat16) for s in sources for tensor in s.weights.values())
     if dtype is None and half and torch.device(device).type == "cpu":
         dtype = torch.float32

@@ -41,6 +41,14 @@ INSTRUCTBLIP = Usage(
 )
 _TALK = Sampling(max_new=300, min_new=1, temperature=1.0, top_p=0.9, repetition_penalty=1.05)
 MINIGPT4 = Usage("minigpt4", "Describe this image in detail.", "{}", _TALK, _TALK, ("###",))
+# The caption's question is that of its authors' training mixture.
+LLAVA = Usage(
+    "vicuna_v1",
+    "Provide a one-sentence caption for the provided image.",
+    "{}\nAnswer the question using a single word or phrase.",
+    Sampling(max_new=64),
+    Sampling(max_new=16),
+)
 
 
 def usage_of(model_type: str, language: str) -> Usage:
@@ -53,9 +61,11 @@ def usage_of(model_type: str, language: str) -> Usage:
             return MINIGPT4
         case "instructblip", _:
             return INSTRUCTBLIP
+        case "llava" | "llava_llama", _:
+            return LLAVA
         case "blip-2", "t5":
             return BLIP2_T5
         case "blip-2", _:
             return BLIP2_OPT
         case _:
-            raise ValueError(f"model_type={model_type!r}: known are blip-2, instructblip and minigpt4")
+            raise ValueError(f"model_type={model_type!r}: known are blip-2, instructblip, llava and minigpt4")

@@ -115,9 +115,7 @@ def _of_published(module: nn.Module, part: str, source: str) -> tuple[dict[str, 
     try:
         return starting_weights(module, part, source)
     except ValueError as error:
-        raise ValueError(
-            f"model.init.{part}: no folder of a run (with a {CONFIG}), and not usable else: {error}"
-        ) from None
+        raise ValueError(f"model.init.{part}: no folder of a run (it has no {CONFIG}); {error}") from None
 
 
 def _upcycled(module: Decoder, given: Decoder) -> tuple[dict[str, Tensor], str]:

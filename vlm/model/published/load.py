@@ -134,8 +134,12 @@ def image_encoder(
 
 
 def fill_piece(
-    module: nn.Module, sources: Sequence[Source], dtype: torch.dtype | None, device: torch.device | str
+    module: nn.Module,
+    sources: Sequence[Source],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
+    """Gives a system, or a piece of one, its weights; `dtype` as of `load`."""
     half = any(tensor.dtype in (torch.float16, torch.bfloat16) for s in sources for tensor in s.weights.values())
     if dtype is None and half and torch.device(device).type == "cpu":
         dtype = torch.float32

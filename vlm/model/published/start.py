@@ -33,7 +33,7 @@ def _filled(module: nn.Module, sources: list[Source]) -> nn.Module:
 
 
 def _from_bert(qformer: QFormer, bert: nn.Module) -> dict[str, Tensor]:
-    """Self-attention and both networks as BERT's; queries, cross-attention and heads are new (arXiv 2301.12597, 3.1)."""
+    """Self-attention and both networks are BERT's; queries, cross-attention and heads new (arXiv 2301.12597, 3.1)."""
     given, weights = bert.state_dict(), dict[str, Tensor]()
     for name, own in qformer.state_dict().items():
         plain = name.replace("routes.query.", "").replace("routes.text.", "").removeprefix("text.")

@@ -141,33 +141,18 @@ class VisionLanguageModel(nn.Module):
         `seen` is None for text alone; `proceed` continues from the state. An encoder-decoder reads image and text, and
         the states are those of `text.reply`. ValueError: it has none.
         """
+        if isinstance(self.language, EncoderDecoder):
+            memory = self.language.read(_spliced(self.language, seen, text, causal=False))
+            reply: Output = self.language(_spliced(self.language, None, _reply(text), causal=True), None, memory)
+            return reply
         if self.language is not None:
-            apart = isinstance(self.language, EncoderDecoder)
-            x = self.language.embed(text.ids)
-            if seen is not None:
-                x = splice(x, text.ids, seen.soft, IMAGE_ID)
-            tokens = Tokens.of(x, causal=not apart, valid=None if text.full else text.valid)
-            written: Output = self._reply(tokens, text) if apart else self.language(tokens)
+            written: Output = self.language(_spliced(self.language, seen, text, causal=True))
             return written
         qformer = self._qformer("LM without a language model")
         assert seen is not None and seen.state is not None
         start = torch.zeros_like(seen.state.position)
         out = qformer.write(text.ids, text.valid, seen.state, start)
         return out._replace(state=replace(out.state, position=count_positions(text.valid).amax(1) + 1))
-
-    def _reply(self, tokens: Tokens, text: Text) -> Output:
-        """Hidden states of the reply to tokens that an encoder-decoder reads."""
-        if text.reply is None:
-            raise ValueError(
-                "this language model is an encoder-decoder, which writes its answer apart from the prompt: the text "
-                "needs a reply that begins with its start token (collate makes it when told reply_start)"
-            )
-        assert isinstance(self.language, EncoderDecoder)
-        reply = text.reply
-        x = self.language.embed(reply.ids)
-        answer = Tokens.of(x, causal=True, valid=None if reply.full else reply.valid)
-        out: Output = self.language(answer, memory=self.language.read(tokens))
-        return out
 
     def proceed(self, ids: Int[Tensor, "M 1"], state: State) -> tuple[Float[Tensor, "M V"], State]:
         """Logits after one more token of each row."""
@@ -201,6 +186,23 @@ class VisionLanguageModel(nn.Module):
         if not isinstance(self.connector, QFormer):
             raise ValueError(f"{purpose} needs model.connector.kind=qformer, not {type(self.connector).__name__}")
         return self.connector
+
+
+def _spliced(language: Language, seen: Seen | None, text: Text, causal: bool) -> Tokens:
+    """The text embedded, with its images in it."""
+    x = language.embed(text.ids)
+    if seen is not None:
+        x = splice(x, text.ids, seen.soft, IMAGE_ID)
+    return Tokens.of(x, causal=causal, valid=None if text.full else text.valid)
+
+
+def _reply(text: Text) -> Text:
+    if text.reply is None:
+        raise ValueError(
+            "this language model is an encoder-decoder, which writes its answer apart from the prompt: the text "
+            "needs a reply that begins with its start token (collate makes it when told reply_start)"
+        )
+    return text.reply
 
 
 def need(module: M | None, name: str) -> M:

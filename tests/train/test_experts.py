@@ -34,6 +34,14 @@ def test_one_step_of_the_bias_for_all_passes_of_a_step() -> None:
     assert moe.router.bias.tolist() == [-0.25, -0.25, 0.25, 0.25]
 
 
+def test_the_bias_of_frozen_experts_stays() -> None:
+    """Under adapters, say, whose base is frozen: a buffer, so its requires_grad does not tell."""
+    health = Health([asleep := mixture().requires_grad_(False), awake := mixture()], 0.25)
+    health.step([[routing(9.0, 0, 0, 0), routing(9.0, 0, 0, 0)]], ALONE)
+    assert asleep.router.bias is not None and asleep.router.bias.tolist() == [0.0] * 4
+    assert awake.router.bias is not None and awake.router.bias.tolist() == [-0.25, 0.25, 0.25, 0.25]
+
+
 def test_report_and_warning() -> None:
     health = Health([mixture(), mixture()])
     assert health.report() is None

@@ -34,7 +34,8 @@ class Health:
         loads = world.add(torch.stack([torch.stack([r.load for r in routings]) for routings in passes]).sum(0))
         if self.bias_rate is not None:
             for mixture, load in zip(self.mixtures, loads, strict=True):
-                update_bias(mixture.router, load, self.bias_rate)
+                if mixture.gate_up.requires_grad:  # what is frozen stays as it is
+                    update_bias(mixture.router, load, self.bias_rate)
         entropy = torch.stack([torch.stack([r.entropy for r in routings]) for routings in passes]).sum(0)
         dropped = torch.stack([r.dropped for routings in passes for r in routings]).sum()
         self._loads = self._loads.to(loads.device) + loads

@@ -3,7 +3,7 @@
     python -m tests.bench.load [--rounds 5] [--types fp32 bf16]
 
 Every figure is of a process of its own, which has imported everything and owns no freed memory; the files are in the
-page cache. All candidates of a round run one after another, from another one on in each round; medians.
+page cache. All candidates of a round run one after another, from another one on in each round; medians, of peaks the range.
 CPU seconds of the process count, since other work on a shared machine stretches the time on the wall.
 Peak: resident memory above that before the call, mapped files included, over the bytes of the tensors that come out.
 """
@@ -163,10 +163,10 @@ def main() -> None:
         base = [run["cpu"] for run in found[BASE]]
         for candidate, runs in found.items():
             ratio = statistics.median(run["cpu"] / b for run, b in zip(runs, base, strict=True))
-            peak = statistics.median(run["peak"] / run["bytes"] if run["bytes"] else 0.0 for run in runs)
+            peaks = [run["peak"] / run["bytes"] if run["bytes"] else 0.0 for run in runs]
             cpu, wall = (statistics.median(run[key] for run in runs) for key in ("cpu", "wall"))
             times = f"{cpu:6.2f} s CPU {wall:6.2f} s  time / {BASE} {ratio:5.2f}"
-            print(f"  {candidate:30s} {times}  peak / model {peak:5.2f}")
+            print(f"  {candidate:30s} {times}  peak / model {min(peaks):.2f} to {max(peaks):.2f}")
         sys.stdout.flush()
 
 

@@ -3,7 +3,7 @@
     python -m tests.bench.load [--rounds 5] [--types fp32 bf16]
 
 Every figure is of a process of its own, which has imported everything and owns no freed memory; the files are in the
-page cache. All candidates of a round run one after another, from another one on in each round; medians, of peaks the range.
+page cache. Candidates of a round run one after another, each round from another one on; medians, of peaks the range.
 CPU seconds of the process count, since other work on a shared machine stretches the time on the wall.
 Peak: resident memory above that before the call, mapped files included, over the bytes of the tensors that come out.
 """

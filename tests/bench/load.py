@@ -1,6 +1,6 @@
 """Loading 1 GB of sharded safetensors into a Llama: time beside reading the bytes, peak memory beside the model's size.
 
-    python -m tests.bench.load [--rounds 5] [--types fp32 bf16]
+    python -m tests.bench.load [--rounds 5] [--types fp32 bf16] [--only fill …]
 
 Every figure is of a process of its own, which has imported everything and owns no freed memory; the files are in the
 page cache. Candidates of a round run one after another, each round from another one on; medians, of peaks the range.
@@ -130,9 +130,8 @@ def child(name: str, folder: Path) -> dict[str, float]:
     return found
 
 
-def measure(folder: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure(folder: Path, names: list[str], rounds: int) -> dict[str, list[dict[str, float]]]:
     """All candidates, in processes of their own."""
-    names = list(CANDIDATES)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for path in files(folder):
         path.read_bytes()
@@ -149,8 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
-    parser.add_argument("--child", choices=CANDIDATES)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help=f"besides '{BASE}'")
+    parser.add_argument("--child", choices=CANDIDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         print(json.dumps(child(given.child, given.folder)))
@@ -158,7 +158,7 @@ def main() -> None:
     for kind in given.types:
         with tempfile.TemporaryDirectory() as name:
             folder = written(Path(name), kind)
-            found = measure(folder, given.rounds)
+            found = measure(folder, [BASE, *(name for name in given.only if name != BASE)], given.rounds)
         print(f"\n{kind}: {sum(run['bytes'] for run in found[BASE][:1]):.0f} MiB in shards of {SHARD / 1e6:.0f} MB")
         base = [run["cpu"] for run in found[BASE]]
         for candidate, runs in found.items():

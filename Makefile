@@ -48,6 +48,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.read_order
 	$(BIN)/python -m tests.bench.features
 	$(BIN)/python -m tests.bench.memory
+	$(BIN)/python -m tests.bench.load
 
 language-models: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.language_models

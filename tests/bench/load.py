@@ -1,9 +1,9 @@
 """Loading 1 GB of sharded safetensors into a Llama: time beside reading the bytes, peak memory beside the model's size.
 
-    python -m tests.bench.load [--rounds 5] [--types fp32 bf16]
+    python -m tests.bench.load [--rounds 5] [--types fp32 bf16] [--only fill …]
 
 Every figure is of a process of its own, which has imported everything and owns no freed memory; the files are in the
-page cache. All candidates of a round run one after another, from another one on in each round; medians.
+page cache. Candidates of a round run one after another, each round from another one on; medians, of peaks the range.
 CPU seconds of the process count, since other work on a shared machine stretches the time on the wall.
 Peak: resident memory above that before the call, mapped files included, over the bytes of the tensors that come out.
 """
@@ -130,9 +130,8 @@ def child(name: str, folder: Path) -> dict[str, float]:
     return found
 
 
-def measure(folder: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure(folder: Path, names: list[str], rounds: int) -> dict[str, list[dict[str, float]]]:
     """All candidates, in processes of their own."""
-    names = list(CANDIDATES)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for path in files(folder):
         path.read_bytes()
@@ -149,8 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
-    parser.add_argument("--child", choices=CANDIDATES)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help=f"besides '{BASE}'")
+    parser.add_argument("--child", choices=CANDIDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         print(json.dumps(child(given.child, given.folder)))
@@ -158,15 +158,15 @@ def main() -> None:
     for kind in given.types:
         with tempfile.TemporaryDirectory() as name:
             folder = written(Path(name), kind)
-            found = measure(folder, given.rounds)
+            found = measure(folder, [BASE, *(name for name in given.only if name != BASE)], given.rounds)
         print(f"\n{kind}: {sum(run['bytes'] for run in found[BASE][:1]):.0f} MiB in shards of {SHARD / 1e6:.0f} MB")
         base = [run["cpu"] for run in found[BASE]]
         for candidate, runs in found.items():
             ratio = statistics.median(run["cpu"] / b for run, b in zip(runs, base, strict=True))
-            peak = statistics.median(run["peak"] / run["bytes"] if run["bytes"] else 0.0 for run in runs)
+            peaks = [run["peak"] / run["bytes"] if run["bytes"] else 0.0 for run in runs]
             cpu, wall = (statistics.median(run[key] for run in runs) for key in ("cpu", "wall"))
             times = f"{cpu:6.2f} s CPU {wall:6.2f} s  time / {BASE} {ratio:5.2f}"
-            print(f"  {candidate:30s} {times}  peak / model {peak:5.2f}")
+            print(f"  {candidate:30s} {times}  peak / model {min(peaks):.2f} to {max(peaks):.2f}")
         sys.stdout.flush()
 
 

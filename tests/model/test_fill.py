@@ -248,6 +248,16 @@ def test_all_that_differs_is_told_at_once_and_nothing_is_read(tmp_path: Path, mo
     assert all(tensor.is_meta for tensor in module.parameters())
 
 
+def test_whole_numbers_in_place_of_weights_are_told(tmp_path: Path) -> None:
+    save_file(toy() | {"proj_bias": torch.zeros(3, dtype=torch.int8)}, tmp_path / "toy.safetensors")
+    with hollow():
+        module = Toy()
+    with pytest.raises(
+        ValueError, match=r"^\S+ does not fit this model:\n  other type: out\.bias is int8, which is not"
+    ):
+        fill(module, TOY, open_weights(tmp_path))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_little_memory_beside_the_model(tmp_path: Path, dtype: torch.dtype | None) -> None:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm.data.image import ImageTransform, Resize
 from vlm.model.weights.files import load_into, read
+from vlm.model.weights.source import open_file
 from vlm.nn.adapter import train_dropout
 
 ClassToken = Literal["keep", "drop"]
@@ -282,7 +283,7 @@ def open_clip_encoder(
 
 def _load_open_clip(model: nn.Module, file: Path) -> None:
     """By open_clip's own loader, which knows older layouts and other image sizes."""
-    read(file)  # for its errors alone: what is damaged, or could run code
+    open_file(file)  # for its errors alone: what is damaged, or could run code
     try:
         open_clip.load_checkpoint(model, str(file), strict=True, weights_only=True)
     except RuntimeError as error:

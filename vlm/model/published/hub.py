@@ -13,6 +13,7 @@ from vlm.model.weights.layout import FOLDER, PICKLES, SAFE
 
 NAME = re.compile(r"(?!.*(?:--|\.\.))(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 SMALL = (".json", ".txt", ".model", ".jinja")  # settings, tokenizers, templates
+TIMEOUT = 20.0  # seconds for the hub's first answer
 CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")  # folders in the hub's cache
 ELSEWHERE = "or download it elsewhere and give the folder in place of the name"
 
@@ -92,7 +93,7 @@ def _fetch(name: str, revision: str | None) -> Path:
             name, revision, f"{label} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it: unset that,"
         )
     try:
-        siblings = HfApi().model_info(name, revision=revision).siblings or []
+        siblings = HfApi().model_info(name, revision=revision, timeout=TIMEOUT).siblings or []
         patterns = [escape(file) for file in wanted([file.rfilename for file in siblings])]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:

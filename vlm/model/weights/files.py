@@ -53,6 +53,7 @@ def differences(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[
 
 
 def shape(tensor: Tensor) -> str:
+    """Its sizes for messages, such as 3x4."""
     return "x".join(str(size) for size in tensor.shape) or "scalar"
 
 

@@ -110,7 +110,7 @@ def fill_from(
     `dtype`: of floating tensors (None: as published), except of ours whose name a pattern in `keep` matches whole.
     Buffers that are in no file go to the device, or are made there by their module (`init_non_persistent_buffers`).
 
-    ValueError, before any weights are read: names or shapes that differ, all listed; a pattern in `keep` that matches
+    ValueError, before any weights are read: all names, shapes, types that differ; a pattern in `keep` that matches
     nothing; a buffer on the meta device that nothing makes. While they are read: a file that ends early, tied tensors
     that differ; the module then holds some of its weights and is of no use.
     """
@@ -131,7 +131,7 @@ def fill_from(
 def plan(slots: Slots, sources: Sequence[Source]) -> list[tuple[Unit, Weights]]:
     """The units that fill the slots, in the order of the files; only shapes are looked at.
 
-    ValueError: names or shapes that differ, all listed.
+    ValueError: names or shapes that differ, whole numbers in place of others (quantised weights), all listed.
     """
     problems, units = list[str](), list[tuple[Unit, Weights]]()
     made, odd = dict[str, Tensor](), set[str]()
@@ -153,6 +153,11 @@ def plan(slots: Slots, sources: Sequence[Source]) -> list[tuple[Unit, Weights]]:
     given = odd | made.keys()
     own = slots.tensors.items()
     wanted = {name: tensor for name, tensor in own if name in made or not given.intersection(slots.tied(name))}
+    problems += [
+        f"other type: {name} is {str(made[name].dtype).removeprefix('torch.')}, which is not how the model computes"
+        for name, tensor in own
+        if name in made and made[name].is_floating_point() != tensor.is_floating_point()
+    ]
     refuse(problems + differences(wanted, made), " and ".join(str(source.weights.source) for source in sources))
     return units
 

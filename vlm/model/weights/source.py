@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlm.model.weights.layout import FOLDER, INDEX, PICKLES, SAFE
 
-PIECE = 2**20  # numbers that are cast, or sent to a device, at once
+PIECE = 2**22  # bytes that are cast, or sent to a device, at once
 WRAPPERS = ("state_dict", "model", "module")
 DTYPES = {
     "F64": torch.float64,
@@ -49,8 +49,11 @@ class InFile:
         """File and position, by which tensors are best read in order."""
         return str(self.file), self.start
 
-    def into(self, out: Tensor) -> None:
-        """Copies it into a dense tensor of its shape, of any type, on any device. ValueError: the file ends early."""
+    def into(self, out: Tensor, buffer: Tensor) -> None:
+        """Copies it into a dense tensor of its shape, of any type, on any device, by way of a buffer of bytes.
+
+        ValueError: the file ends early.
+        """
         if not self.like.is_contiguous():
             out.copy_(self._strided())
             return
@@ -59,8 +62,8 @@ class InFile:
             if out.dtype == self.like.dtype and out.device.type == "cpu":
                 self._fill(stream, out.view(-1))
                 return
-            piece = torch.empty(min(PIECE, out.numel()), dtype=self.like.dtype)
-            for part in out.view(-1).split(PIECE):
+            piece = buffer.view(self.like.dtype)
+            for part in out.view(-1).split(len(piece)):
                 self._fill(stream, piece[: len(part)])
                 part.copy_(piece[: len(part)])
 
@@ -96,7 +99,7 @@ class InMemory:
         """Its file."""
         return str(self.file), 0
 
-    def into(self, out: Tensor) -> None:
+    def into(self, out: Tensor, buffer: Tensor) -> None:
         """As of `InFile`."""
         out.copy_(self.tensor)
 
@@ -112,6 +115,8 @@ class Weights(Mapping[str, Tensor]):
         self.source = source
         self._stored = dict(stored)
         self._like = {name: found.like for name, found in stored.items()}
+        # One for all: made anew each time, it would leave holes between the tensors that stay.
+        self._buffer = torch.empty(PIECE, dtype=torch.uint8)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._like[name]
@@ -125,12 +130,12 @@ class Weights(Mapping[str, Tensor]):
     def read(self, name: str) -> Tensor:
         """A tensor as published, in memory of its own. ValueError: the file ends early."""
         out = torch.empty(self[name].shape, dtype=self[name].dtype)
-        self._stored[name].into(out)
+        self.read_into(name, out)
         return out
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Reads into a dense tensor of that shape, of any type and on any device, a piece at a time."""
-        self._stored[name].into(out)
+        self._stored[name].into(out, self._buffer)
 
     def place(self, name: str) -> tuple[str, int]:
         """File and position, by which tensors are best read in order."""

@@ -285,10 +285,12 @@ def test_normalized_batches_of_any_size_are_their_pictures(count: int) -> None:
 
 
 def test_padded_pictures_are_squares_before_they_are_resized() -> None:
-    transform = ImageTransform((4, 4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="padded", fill=(9, 8, 7))
-    pixels = transform.pixels(Image.new("RGB", (8, 3), (200, 100, 50)))
-    assert pixels[:, 0].T.tolist() == [[9, 8, 7]] * 4  # rows 0 and 1 of eight: two above, three below
-    assert pixels[:, 2, 1].tolist() not in ([9, 8, 7], [200, 100, 50])  # the edge is blended
+    nothing, all_of_it = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    transform = ImageTransform((4, 4), nothing, all_of_it, "padded", "bilinear", fill=(9, 8, 7))
+    pixels = transform.pixels(Image.new("RGB", (8, 1), (201, 104, 47)))  # three rows above, four below
+    assert pixels[:, 0].T.tolist() == [[9, 8, 7]] * 4
+    blended = [fill + 3 * (colour - fill) / 8 for fill, colour in zip((9, 8, 7), (201, 104, 47), strict=True)]
+    assert pixels[:, 1, 1].tolist() == [pytest.approx(value, abs=1) for value in blended]
     assert transform.pixels(Image.new("RGB", (5, 5), (200, 100, 50))).unique().tolist() == [50, 100, 200]
 
 

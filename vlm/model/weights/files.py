@@ -42,10 +42,11 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _is_program(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # no zip, or a damaged one, of which torch will say more
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def load_into(module: nn.Module, path: Path, optional: Collection[str] = ()) -> None:

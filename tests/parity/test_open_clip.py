@@ -169,7 +169,7 @@ def test_built_without_memory_it_is_the_same(name: str, tmp_path: Path) -> None:
     assert close(run(loaded(part, file), images, text), expected(theirs, images, text.ids))
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "EVA02-B-16"])
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16-SigLIP"])
 def test_real_sizes_fit_tensor_by_tensor(name: str) -> None:
     """On the meta device: all that open_clip itself would load is read, and all of ours comes from it."""
     config = open_clip.get_model_config(name)

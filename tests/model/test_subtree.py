@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vlm.model.weights.table import Row, Subtree, Table, Transposed
+from vlm.model.weights.table import Row, Subtree, Table
 
 TABLE = Table(
     "tower",
-    (Subtree("visual.", "vision.", but=("proj", r"head\..*")), Row("visual.proj", "out.weight", Transposed())),
+    (Subtree("visual.", "vision.", but=("proj", r"head\..*")), Row("visual.proj", "out.weight")),
     ignored=(r"visual\.head\..*",),
 )
 PUBLISHED = {

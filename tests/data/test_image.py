@@ -282,3 +282,29 @@ def test_normalized_batches_of_any_size_are_their_pictures(count: int) -> None:
     again = transform.normalize(pixels)
     found.zero_()  # memory of its own
     assert torch.equal(again[0], transform.normalize(pixels[0]))
+
+
+def test_padded_pictures_are_squares_before_they_are_resized() -> None:
+    nothing, all_of_it = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    transform = ImageTransform((4, 4), nothing, all_of_it, "padded", "bilinear", fill=(9, 8, 7))
+    pixels = transform.pixels(Image.new("RGB", (8, 1), (201, 104, 47)))  # three rows above, four below
+    assert pixels[:, 0].T.tolist() == [[9, 8, 7]] * 4
+    blended = [fill + 3 * (colour - fill) / 8 for fill, colour in zip((9, 8, 7), (201, 104, 47), strict=True)]
+    assert pixels[:, 1, 1].tolist() == [pytest.approx(value, abs=1) for value in blended]
+    assert transform.pixels(Image.new("RGB", (5, 5), (200, 100, 50))).unique().tolist() == [50, 100, 200]
+
+
+def test_the_square_around_a_sliver_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = ImageTransform((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), resize="padded")
+    sliver = Image.new("RGB", (20, 200), (200, 100, 50))
+    whole = transform.pixels(sliver)
+    monkeypatch.setattr("vlm.data.image.LARGEST", 100)
+    assert (transform.pixels(sliver).float() - whole).abs().max() <= 30  # only at the edge
+    assert transform.pixels(sliver)[:, 4, 4].tolist() == whole[:, 4, 4].tolist()
+
+
+@pytest.mark.parametrize(("floored", "left"), [(False, 2), (True, 1)])
+def test_a_middle_between_two_pixels(floored: bool, left: int) -> None:
+    columns = np.tile(np.arange(7, dtype=np.uint8)[None, :, None], (4, 1, 3))
+    transform = ImageTransform((4, 4), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), floored=floored)
+    assert transform.pixels(Image.fromarray(columns))[0, 0].tolist() == list(range(left, left + 4))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-from vlm.model.connector import FirstToken, MeanPool, MlpConnector
+from vlm.model.connector import AttentionPool, FirstToken, MeanPool, MlpConnector
 from vlm.model.vlm import Connector
 
 
@@ -38,3 +38,23 @@ def test_pools_by_hand() -> None:
 @pytest.mark.parametrize("connector", [MlpConnector(5, 7, 4), MeanPool(5), FirstToken(5)])
 def test_all_are_connectors(connector: nn.Module) -> None:
     assert isinstance(connector, Connector)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@torch.no_grad()
+def test_attention_pool_is_torchs_attention_from_queries_to_image(queries: int) -> None:
+    ffn, out_norm = nn.Linear(8, 8), nn.LayerNorm(8)
+    pool = AttentionPool(6, 8, queries, 2, ffn, norms=nn.LayerNorm, ffn_norm=nn.LayerNorm(8), out_norm=out_norm)
+    for parameter in pool.parameters():
+        parameter.normal_()
+    image = torch.randn(3, 7, 6)
+    theirs = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
+    parts = (pool.attention.query, pool.attention.key, pool.attention.value)
+    for name, part in zip("qkv", parts, strict=True):
+        getattr(theirs, f"{name}_proj_weight").copy_(part.weight)
+    theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    theirs.out_proj.load_state_dict(pool.attention.out.state_dict())
+    seen = pool.image_norm(image)
+    x = theirs(pool.query_norm(pool.queries).expand(3, -1, -1), seen, seen)[0]
+    torch.testing.assert_close(pool(image), out_norm(x + ffn(pool.ffn_norm(x))), atol=1e-5, rtol=1e-5)
+    assert (pool.tokens, pool.dim) == (queries, 8)

@@ -16,7 +16,7 @@ from tests.parity.published import loaded, same, written
 from tests.parity.test_clip import LONGEST, VOCABULARY, close, inputs, run
 from vlm.data.batch import Text
 from vlm.model.published.open_clip import open_clip_part
-from vlm.model.weights.files import read
+from vlm.model.weights.files import differences, read
 
 FILE = "open_clip_model.safetensors"
 VIT = {"layers": 3, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32, "mlp_ratio": 1.7}
@@ -167,3 +167,16 @@ def test_built_without_memory_it_is_the_same(name: str, tmp_path: Path) -> None:
         part = open_clip_part(config, "open_clip_config.json")
     images, text = given(name)
     assert close(run(loaded(part, file), images, text), expected(theirs, images, text.ids))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16-SigLIP"])
+def test_real_sizes_fit_tensor_by_tensor(name: str) -> None:
+    """On the meta device: all that open_clip itself would load is read, and all of ours comes from it."""
+    config = open_clip.get_model_config(name)
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    with torch.device("meta"):
+        part = open_clip_part({"model_cfg": config}, "open_clip_config.json")
+        theirs = kind(**{key: value for key, value in config.items() if key != "custom_text"}).state_dict()
+    ours = part.module.state_dict()
+    assert differences(ours, part.table.to_ours(theirs)) == []
+    assert differences(theirs, part.table.to_theirs(ours)) == []

@@ -9,12 +9,11 @@ from torch import nn
 from vlm.model.coca import CoCa, caption_decoder
 from vlm.model.connector import AttentionPool
 from vlm.model.heads import ContrastiveHead
-from vlm.model.published.open_clip_towers import PLAIN, activation, known, own_vit
+from vlm.model.published.open_clip_towers import MODEL, PLAIN, activation, known, own_vit
 from vlm.model.published.part import Part, Settings
 from vlm.model.vision import ImageEncoder, open_clip_backbone, open_clip_transform
 from vlm.model.weights.coca import coca_table
 
-MODEL = {"quick_gelu": False, "custom_text": True, "init_logit_bias": None, "init_logit_scale": None}
 SECTIONS = ("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg")
 
 
@@ -40,10 +39,7 @@ def coca_part(s: Settings) -> Part:
         read["context_length"],
         layers=(read["layers"], written["layers"]),
         heads=(read["heads"], written["heads"]),
-        hidden=(
-            int(read["width"] * read["mlp_ratio"]),
-            4 * written["width"],
-        ),  # open_clip leaves out the decoder's ratio
+        hidden=(int(read["width"] * read["mlp_ratio"]), 4 * written["width"]),  # open_clip never reads the second ratio
         activation=activation(read, quick),
         pad=read["pad_id"],
     )
@@ -62,6 +58,7 @@ def _vision(seen: Settings, quick: bool, s: Settings) -> ImageEncoder:
 
 
 def _refuse(model: Settings, seen: Settings, read: Settings, written: Settings) -> None:
+    model.expect(nonscalar_logit_scale=(False,))
     plain = dict.fromkeys(PLAIN, (None, False))
     seen.expect(
         timm_model_name=(None,),
@@ -81,6 +78,7 @@ def _refuse(model: Settings, seen: Settings, read: Settings, written: Settings) 
         proj_bias=(False,),
         ls_init_value=(None,),
         norm_kwargs=(None, {}),
+        act_kwargs=(None, {}),
         **plain,
     )
     written.expect(ls_init_value=(None,))

@@ -1,4 +1,4 @@
-"""open_clip's published folders: CLIP and SigLIP from open_clip_config.json; CoCa, which has its own file, too."""
+"""open_clip's published folders: CLIP and SigLIP from open_clip_config.json, and CoCa, which has a file of its own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,19 +7,11 @@ from torch import nn
 
 from vlm.model.heads import ContrastiveHead
 from vlm.model.published.coca import coca_part
-from vlm.model.published.open_clip_towers import image_tower, known, text_tower
+from vlm.model.published.open_clip_towers import MODEL, image_tower, known, text_tower
 from vlm.model.published.part import Part, Settings
 from vlm.model.published.vit import real_buffers
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.open_clip import open_clip_table
-
-MODEL = {
-    "quick_gelu": False,
-    "custom_text": False,
-    "init_logit_bias": None,
-    "init_logit_scale": None,
-    "nonscalar_logit_scale": False,
-}
 
 
 def open_clip_part(values: Mapping[str, Any], where: str, pad: int | None = None) -> Part:
@@ -50,6 +42,5 @@ def open_clip_part(values: Mapping[str, Any], where: str, pad: int | None = None
         ),
     )
     real_buffers(module)
-    # A bias of the logits is kept only by the class that keeps its towers apart, and so is a tower of timm's often.
     prefix = "text." if model["custom_text"] else ""
     return Part(module, open_clip_table(tower.table, prefix, bias, logit_bias is not None))

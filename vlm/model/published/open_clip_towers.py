@@ -20,6 +20,15 @@ from vlm.model.weights.open_clip import own_vit_table, timm_map_table, timm_toke
 from vlm.model.weights.table import Table
 from vlm.nn.ffn import Mlp, QuickGELU
 
+# What open_clip's classes take where model_cfg says nothing.
+MODEL = {
+    "quick_gelu": False,
+    "custom_text": False,
+    "init_logit_bias": None,
+    "init_logit_scale": None,
+    "nonscalar_logit_scale": False,
+}
+# Settings of open_clip's other blocks, which a plain Transformer has unset.
 PLAIN = ("block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 
 

@@ -16,7 +16,7 @@ from tests.parity.noise import gap
 from tests.parity.test_stage1_losses import hardest as hardest  # both sides take the hardest negative
 from vlm.data.batch import Batch, Text
 from vlm.model.published import lavis
-from vlm.model.published.lavis import lavis_language, lavis_system
+from vlm.model.published.lavis import lavis_language, lavis_system, together
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.files import load_strict, read
 from vlm.nn.tokens import IGNORE, IMAGE_ID
@@ -72,8 +72,7 @@ def opened(stage: str, folder: Path) -> VisionLanguageModel:
         language = lavis_language(OPT, "config.json")
         found["language"] = kept("stage2/weights/opt_model.")
     system = lavis_system("blip2.pth", main, others, language)
-    weights = {k: v for name, table in system.tables.items() for k, v in table.to_ours(found[name]).items()}
-    load_strict(system.module, weights, "LAVIS")
+    load_strict(system.module, system.table.to_ours(together(found)), "LAVIS")
     return system.module.eval()
 
 

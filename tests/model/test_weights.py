@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from tests.parity.noise import noise
 from vlm.model.language import llama
-from vlm.model.weights.blip2 import qformer_table
+from vlm.model.weights.blip2 import INSTRUCTBLIP, lavis_heads_table, lavis_qformer_table, qformer_table, retrieval_table
 from vlm.model.weights.files import differences, load_into, load_strict, read
 from vlm.model.weights.llama import llama_table, qwen2_table, qwen3_table
 from vlm.model.weights.mixtral import mixtral_memory_table
 from vlm.model.weights.open_clip import hf_clip_vision_table, open_clip_table
 from vlm.model.weights.opt import opt_table
 from vlm.model.weights.table import Experts, Row, Table, Transposed, linear
+from vlm.model.weights.vit import blip2_vit_table
 
 TABLE = Table(
     "toy",
@@ -124,6 +125,10 @@ def test_experts_that_lack_or_that_no_row_knows_are_listed() -> None:
         *(make(tied) for make in (llama_table, qwen2_table, qwen3_table, opt_table) for tied in (True, False)),
         mixtral_memory_table(),
         qformer_table(),
+        qformer_table(INSTRUCTBLIP),
+        lavis_qformer_table(["Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias"]),
+        lavis_heads_table(),
+        retrieval_table(blip2_vit_table()),
         open_clip_table(),
         hf_clip_vision_table(),
     ],

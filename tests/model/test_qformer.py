@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.model.small import LONGEST, QUERIES, VOCABULARY, WIDTH, qformer
 from tests.parity.noise import noise
-from vlm.model.qformer import QFormer, TextBranch
+from vlm.model.qformer import QFormer, TextBranch, bert_transform
 from vlm.nn.block import Block
 from vlm.nn.tokens import Route, Tokens
 
@@ -108,3 +108,19 @@ def test_a_text_too_long_is_refused() -> None:
 def test_vocabulary_head_may_have_a_transform() -> None:
     branch, hidden = TextBranch(9, WIDTH, 4, torch.nn.LayerNorm(WIDTH)), torch.randn(2, WIDTH)
     torch.testing.assert_close(branch.logits(hidden), branch.head(branch.transform(hidden)))
+
+
+def test_a_head_may_be_the_embedding_or_none_at_all() -> None:
+    hidden = torch.randn(2, WIDTH)
+    tied = TextBranch(9, WIDTH, 4, bert_transform(WIDTH), head="tied")
+    assert {name for name, _ in tied.named_parameters() if "transform" not in name} == {
+        "embedding.weight",
+        "position.weight",
+        "bias",
+    }
+    torch.nn.init.normal_(tied.bias)
+    expected = tied.transform(hidden) @ tied.embedding.weight.T + tied.bias
+    torch.testing.assert_close(tied.logits(hidden), expected)
+    silent = QFormer(10, WIDTH, 2, 4, QUERIES, text=TextBranch(9, WIDTH, 4, head="none"))
+    with pytest.raises(ValueError, match="reads texts but has no vocabulary head"):
+        silent.logits(hidden)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.parity.noise import noise
 from vlm.model.language import llama
-from vlm.model.weights.blip2 import qformer_table
+from vlm.model.weights.blip2 import INSTRUCTBLIP, lavis_heads_table, lavis_qformer_table, qformer_table, retrieval_table
 from vlm.model.weights.conversion import Transposed
 from vlm.model.weights.files import differences, load_into, load_strict, read
 from vlm.model.weights.llama import llama_table, qwen2_table, qwen3_table
@@ -18,6 +18,7 @@ from vlm.model.weights.opt import opt_table
 from vlm.model.weights.retnet import retnet_table
 from vlm.model.weights.rows import Experts, Row, linear
 from vlm.model.weights.table import Table
+from vlm.model.weights.vit import blip2_vit_table
 
 TABLE = Table(
     "toy",
@@ -126,6 +127,10 @@ def test_experts_that_lack_or_that_no_row_knows_are_listed() -> None:
         *(make(tied) for make in (llama_table, qwen2_table, qwen3_table, opt_table) for tied in (True, False)),
         retnet_table(),
         qformer_table(),
+        qformer_table(INSTRUCTBLIP),
+        lavis_qformer_table(["Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias"]),
+        lavis_heads_table(),
+        retrieval_table(blip2_vit_table()),
         open_clip_table(),
         hf_clip_vision_table(),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.parity.blip2 import QFORMER, VISION
-from vlm.model.published.lavis import Assembled, lavis_language, lavis_system
+from vlm.model.published.lavis import Assembled, lavis_language, lavis_system, together
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.files import load_strict, read
 
@@ -95,8 +95,7 @@ def opened(paths: Mapping[str, Path]) -> tuple[VisionLanguageModel, Assembled]:
         language = lavis_language(config_of(paths["language"]), "config.json")
         files["language"] = read(paths["language"] / "model.safetensors")
     system = lavis_system(paths["main"].name, files["main"], others, language)
-    weights = {k: v for name, table in system.tables.items() for k, v in table.to_ours(files[name]).items()}
-    load_strict(system.module, weights, "LAVIS")
+    load_strict(system.module, system.table.to_ours(together(files)), "LAVIS")
     return system.module.eval(), system
 
 

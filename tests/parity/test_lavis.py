@@ -1,6 +1,5 @@
 """BLIP-2 and InstructBLIP from LAVIS' files are transformers' of the same weights; a file says what it lacks."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -27,13 +26,13 @@ from tests.parity.blip2 import (
     texts,
     untied,
 )
-from tests.parity.lavis import BERT, TOWER, opened, save_lavis
+from tests.parity.lavis import BERT, TOWER, lavis_names, opened, save_lavis
 from tests.parity.noise import gap, noise
 from tests.parity.published import same
 from vlm.data.batch import Text
 from vlm.model.published import lavis
-from vlm.model.published.lavis import contents, lavis_system, needs
-from vlm.model.weights.files import read
+from vlm.model.published.lavis import contents, lavis_system, needs, together
+from vlm.model.weights.files import differences, read
 
 IDS = {"num_query_tokens": QUERIES, "image_token_index": THEIR_IMAGE_ID}
 SYSTEMS = ["opt", "t5", "instruct", "instruct t5"]
@@ -167,8 +166,17 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         table.to_ours(strange)
 
 
+@pytest.mark.parametrize(("name", "value"), [("BLOCKS", 4), ("HEAD", 32), ("EVA_HEAD", 44)])
 @torch.no_grad()
-def test_changed_facts_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_facts_are_noticed(name: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, paths = made("opt", tmp_path)
+    images, text, _ = inputs("opt")
+    monkeypatch.setattr(lavis, name, value)
+    assert compared(run(opened(paths)[0], images, text)[0], expected(theirs, images, text)[0], text) > 1e-3
+
+
+@torch.no_grad()
+def test_changed_facts_of_instructblip_are_noticed(tmp_path: Path) -> None:
     theirs, paths = made("instruct", tmp_path)
     images, text, instruction = inputs("instruct")
     wanted = expected(theirs, images, text, instruction)[0]
@@ -176,8 +184,23 @@ def test_changed_facts_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert compared(run(ours, images, text)[0], wanted, text) > 1e-3  # without the instruction
     ours.connector.image_norm.eps = 1.0
     assert compared(run(ours, images, text, instruction)[0], wanted, text) > 1e-3
-    for name, value in [("BLOCKS", 4), ("HEAD", 32), ("EVA_HEAD", 44)]:
-        with monkeypatch.context() as context:
-            context.setattr(lavis, name, value)
-            other, _ = opened(copy.copy(paths))
-        assert compared(run(other, images, text, instruction)[0], wanted, text) > 1e-3, name
+
+
+def test_the_released_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no file says: 12 heads of the Q-Former, 16 of ViT-g, 39 of its 40 blocks."""
+    monkeypatch.setattr(lavis, "BLOCKS", 39)
+    with torch.device("meta"):
+        theirs = Blip2ForConditionalGeneration(Blip2Config())
+        state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("language_model.")}
+        found = lavis_names(state, "opt_proj")
+        tower = {k.removeprefix("visual_encoder."): v for k, v in found.items() if k.startswith("visual_encoder.")}
+        last = {k.replace("blocks.38", "blocks.39"): v for k, v in tower.items() if k.startswith("blocks.38.")}
+        main = {k: v for k, v in found.items() if not k.startswith("visual_encoder.")}
+        files = {"main": main, "vision": {**tower, **last}}
+        system = lavis_system("blip2.pth", main, {"vision": files["vision"]}, front=True)
+        assert not differences(system.module.state_dict(), system.table.to_ours(together(files)))
+    vision, qformer = theirs.config.vision_config, theirs.config.qformer_config
+    blocks = system.module.vision.backbone.model.blocks
+    assert [block.attn.num_heads for block in blocks] == [vision.num_attention_heads] * vision.num_hidden_layers
+    heads = [block.mixer.heads for block in system.module.connector.stack.blocks]
+    assert heads == [qformer.num_attention_heads] * qformer.num_hidden_layers

@@ -13,7 +13,7 @@ from tests.parity.noise import gap, noise
 from tests.parity.published import loaded, saved
 from vlm.model.published import lavis
 from vlm.model.published.blip2 import front_part
-from vlm.model.published.lavis import lavis_system
+from vlm.model.published.lavis import lavis_system, together
 from vlm.model.published.take import take
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.retnet import retnet
@@ -90,8 +90,7 @@ def test_the_same_from_lavis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     paths = save_lavis(theirs, tmp_path, "opt_proj")
     files = {name: read(paths[name]) for name in ("main", "vision")}
     system = lavis_system("blip2.pth", files["main"], {"vision": files["vision"]}, front=True)
-    weights = {k: v for name, table in system.tables.items() for k, v in table.to_ours(files[name]).items()}
-    load_strict(system.module, weights, "LAVIS")
+    load_strict(system.module, system.table.to_ours(together(files)), "LAVIS")
     assert system.module.language is None and isinstance(system.module.connector.out, nn.Identity)
     assert gap(system.module.eval().see(pictures()).soft, seen_by_theirs(theirs)) < 1e-4
 

@@ -45,6 +45,16 @@ class Assembled(NamedTuple):
     module: VisionLanguageModel
     tables: Mapping[str, Table]
 
+    @property
+    def table(self) -> Table:
+        """Of all files as one, a tensor's name in it being that of its file before a slash: "vision/cls_token"."""
+        return system("LAVIS", *(table.under(f"{name}/", "") for name, table in self.tables.items()))
+
+
+def together(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several files as `Assembled.table` names them."""
+    return {f"{file}/{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+
 
 def contents(names: Iterable[str]) -> set[str]:
     """What a file of LAVIS or MiniGPT-4 holds: "vision", "qformer", "heads" (of stage 1), "projection"."""

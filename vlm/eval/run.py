@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from vlm import build
+from vlm.config.schema import ChatData
 from vlm.data.image import BadSample, decode
 from vlm.data.sources import Source
+from vlm.data.talk import ask
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
-from vlm.model.describe import describe
+from vlm.model.describe import answer, describe
 from vlm.model.generate import Decoding, Sampling
+from vlm.model.transcribe import one_line
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device, fast_float32
 from vlm.nn.layout import lay_out_for_decoding
 from vlm.restore import Trained, restore
 
 BATCH = 32  # pictures captioned together
+ANSWER = 256  # tokens of the longest answer, unless told otherwise
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -97,10 +101,12 @@ def caption(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int = 0,
+    question: str | None = None,
 ) -> None:
     """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1.
 
-    `max_new`: tokens of the longest caption, `data.max_tokens` of the run unless given; the rest as in `Sampling`.
+    `max_new`: tokens of the longest caption, `data.max_tokens` of the run unless given, of answers at most ANSWER; the
+    rest as in `Sampling`. `question`: what a run on conversations answers about each.
     """
     Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
     paths = list(find_images(images))
@@ -109,17 +115,21 @@ def caption(
         raise ValueError(f"{run} was trained without lm, so it cannot write captions")
     if best_device().type == "cpu":
         lay_out_for_decoding(trained.model)
-    longest = trained.run.pairs.max_tokens if max_new is None else max_new
+    data = trained.run.pictures
+    if question is not None and not isinstance(data, ChatData):
+        raise ValueError(f"--question: {run} was trained on captions (data.kind={data.kind}), not to answer questions")
+    usual = min(data.max_tokens, ANSWER) if isinstance(data, ChatData) else data.max_tokens
+    longest = usual if max_new is None else max_new
     sampling = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
     generator = torch.Generator(best_device()).manual_seed(seed)
     bad = 0
     for start in range(0, len(paths), BATCH):
         readable, pixels = _read(trained, paths[start : start + BATCH])
         bad += len(paths[start : start + BATCH]) - len(readable)
-        said = captions(trained, torch.stack(pixels), sampling, generator) if pixels else []
+        said = captions(trained, torch.stack(pixels), sampling, generator, question or "") if pixels else []
         for path, text in zip(readable, said, strict=True):
             record = jsonlib.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
-            print(record if json else f"{path}\t{text}", flush=True)
+            print(record if json else f"{path}\t{one_line(text)}", flush=True)
     if bad:
         print(f"vlm: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)
         raise SystemExit(1)
@@ -138,12 +148,20 @@ def _read(trained: Trained, paths: Sequence[Path]) -> tuple[list[Path], list[Ten
 
 
 def captions(
-    trained: Trained, images: Tensor, decoding: Decoding, generator: torch.Generator | None = None
+    trained: Trained,
+    images: Tensor,
+    decoding: Decoding,
+    generator: torch.Generator | None = None,
+    question: str = "",
 ) -> list[str]:
-    """Captions of normalised images, B 3 H W."""
-    data = trained.run.pairs
+    """Captions of normalised images, B 3 H W; of a run on conversations, the answers to a question about each."""
     device = next(trained.model.parameters()).device
+    form = build.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens, trained.reads)
     with fast_float32():
+        if form is not None:
+            talks = [ask(question, 1)] * len(images)
+            return answer(trained.model, form, talks, images.to(device), decoding, generator)
+        data = trained.run.pairs
         return describe(
             trained.model,
             trained.tokenizer,

@@ -55,7 +55,7 @@ def test_arguments_arrive(vlm: Any) -> None:
     given = vlm("quickstart", "train.seed=1")
     assert given == (0, [((Path("runs/quickstart"),), {"overwrite": False, "overrides": ("train.seed=1",)})])
     sampling = {"max_new": 9, "min_new": 0, "temperature": 0.5, "top_k": None, "top_p": None}
-    sampling |= {"repetition_penalty": 1.0, "seed": 0}
+    sampling |= {"repetition_penalty": 1.0, "seed": 0, "question": None}
     drawn = vlm("caption", "a.png", "-", "--model", "run", "--json", "--max-new", "9", "--temperature", "0.5")
     assert drawn == (0, [(("run", ["a.png", "-"]), {"json": True, **sampling})])
     plain = {"json": False, "caption": None, "k": 16}
@@ -63,7 +63,7 @@ def test_arguments_arrive(vlm: Any) -> None:
     given = vlm("shards", "preview", "a.tar", "--out", "s.jpg", "--count", "3")
     assert given == (0, [((["a.tar"], None, Path("s.jpg"), 3, 3), {})])
     limits = {"image": None, "caption": None, "min_side": 1, "max_tokens": None, "max_bad_fraction": 0.1}
-    limits |= {"config": None, "tokenizer": None, "workers": 2, "json": False}
+    limits |= {"config": None, "tokenizer": None, "workers": 2, "talks": False, "json": False}
     given = vlm("shards", "check", "a.tar", "--workers", "2", "--max-bad-fraction", "0.1")
     assert given == (1, [((["a.tar"],), limits)])  # the recorder returns None, which is not healthy
 

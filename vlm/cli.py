@@ -110,6 +110,7 @@ def train(
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_option
 @json_option
+@click.option("--question", metavar="TEXT", help="What to answer about each image, by a model that answers questions.")
 @click.option("--max-new", type=int, help="Tokens of the longest caption; the model's own limit unless given.")
 @click.option("--min-new", type=int, default=0, help="Tokens of the shortest caption.")
 @click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above 0 draws.")
@@ -117,14 +118,16 @@ def train(
 @click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
 @click.option("--seed", type=int, default=0, help="Of the draws.")
-def caption(model: str, images: tuple[str, ...], json: bool, **sampling: int | float | None) -> None:
-    """Describe images.
+def caption(
+    model: str, images: tuple[str, ...], json: bool, question: str | None, **sampling: int | float | None
+) -> None:
+    """Describe images, or answer a question about each.
 
     IMAGE is a file, a folder, or - for a list on standard input.
     """
     from vlm.eval.run import caption as describe
 
-    describe(model, list(images), json=json, **sampling)  # type: ignore[arg-type]  # click made each of its type
+    describe(model, list(images), json=json, question=question, **sampling)  # type: ignore[arg-type]  # click made each of its type
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """A run's folder back to a model: its settings, tokenizer, parts taken from other runs, and trained weights."""
 
 import os
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,14 +48,28 @@ class Ready:
             raise ValueError(f"{self.name} knows text alone: it cannot look at pictures")
         return self.settings
 
-    def form(self) -> TalkForm:
-        """How conversations become text for it. ValueError: it writes no answers."""
-        if self.model.language is None:
-            raise ValueError(f"{self.name} has no language model, so it cannot answer")
-        data, model = self.data, self.model
-        template = build.template(data.template)
-        form = TalkForm(self.tokenizer, template, model.image_tokens, data.max_tokens, reader=self.reads)
-        return replace(form, reply_start=model.reply_start)
+    def form(self, question: str | None) -> tuple[TalkForm, str, Sequence[str]]:
+        """How a question about a picture becomes text for it, the question in its authors' words, strings that end it.
+
+        Without a question: what is said where a caption is wanted. ValueError: it was not trained on conversations.
+        """
+        data, usage = self.data, self.usage
+        if not isinstance(data, schema.ChatData):
+            raise ValueError(f"{self.name} was trained on captions (data.kind={data.kind}), not to answer questions")
+        name, words = data.template, question or ""
+        if usage is not None:
+            name, words = usage.asked(question)
+        form = TalkForm(
+            self.tokenizer,
+            build.template(name),
+            self.model.image_tokens,
+            data.max_tokens,
+            data.turns,
+            data.system,
+            reader=self.reads,
+            reply_start=self.model.reply_start,
+        )
+        return form, words, () if usage is None else usage.stop
 
 
 @dataclass(frozen=True)

@@ -103,15 +103,19 @@ def test_generation_begins_with_what_stood_before_the_answer(name: str, kind: st
         encode_question(tokenizer, template, TALK, IMAGES)
 
 
-def _whole_string(tokenizer: Tokenizer, template: Template, talk: Talk) -> list[int]:
-    """The text of a talk tokenised between its pictures in one go, control tokens found by the library itself."""
+def _text(template: Template, talk: Talk) -> str:
+    """A talk as one string with <image> for its pictures."""
     text = ""
     for before, answer in exchanges(template, talk):
         pieces = ["<image>" if one is None else one.text if isinstance(one, Literal) else one for one in before]
         text += "".join(pieces) + f"{answer}{template.end}"
-    names = {"{bos}": tokenizer.inner.id_to_token(tokenizer.bos), "{eos}": tokenizer.inner.id_to_token(tokenizer.eos)}
-    for field, token in names.items():
-        text = text.replace(field, token)
+    return text
+
+
+def _at_once(tokenizer: Tokenizer, text: str, images: int = IMAGES) -> list[int]:
+    """Tokenised between its pictures in one go, control tokens found by the library itself."""
+    for name, token in (("{bos}", tokenizer.bos), ("{eos}", tokenizer.eos)):
+        text = text.replace(name, tokenizer.inner.id_to_token(token))
     tokenizer.inner.encode_special_tokens = False
     try:
         chunks = [tokenizer.inner.encode(chunk, add_special_tokens=False).ids for chunk in text.split("<image>")]
@@ -119,8 +123,19 @@ def _whole_string(tokenizer: Tokenizer, template: Template, talk: Talk) -> list[
         tokenizer.inner.encode_special_tokens = True
     ids = chunks[0]
     for chunk in chunks[1:]:
-        ids = [*ids, *[IMAGE_ID] * IMAGES, *chunk]
+        ids = [*ids, *[IMAGE_ID] * images, *chunk]
     return ids
+
+
+def _llavas_labels(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The masks of LLaVA's preprocess_v1: by the lengths of rounds and of their questions, each tokenised again."""
+    labels, at = _at_once(tokenizer, text, 1), 1
+    labels[0] = IGNORE
+    for part in text.removeprefix("{bos}").split("{eos}")[:-1]:
+        question = len(_at_once(tokenizer, part.split(" ASSISTANT: ")[0] + " ASSISTANT: ", 1)) + 1
+        labels[at : at + question - 2] = [IGNORE] * (question - 2)
+        at += len(_at_once(tokenizer, part, 1)) + 1
+    return labels
 
 
 ORDINARY = [
@@ -139,7 +154,8 @@ def test_vicuna_is_llavas_own_tokenisation(turns: list[dict[str, str]]) -> None:
     """Its code tokenises the string between two pictures at once (tokenizer_image_token)."""
     tokenizer, template, talk = llama(), TEMPLATES["vicuna_v1"], read_talk({"conversations": turns}, 1)
     encoded = encode_conversation(tokenizer, template, talk, IMAGES, WHOLE)
-    assert encoded.ids == _whole_string(tokenizer, template, talk)
+    assert encoded.ids == _at_once(tokenizer, text := _text(template, talk))
+    assert encode_conversation(tokenizer, template, talk, 1, WHOLE).labels == _llavas_labels(tokenizer, text)
     first = encoded.ids.index(IMAGE_ID)
     names = [tokenizer.inner.id_to_token(i) for i in [encoded.ids[first - 1], *encoded.ids[first + IMAGES :][:2]]]
     assert names == ["▁", "▁", "<0x0A>"]  # "USER: <image>\nWhat": the picture alone, then a line's end
@@ -153,7 +169,7 @@ def test_vicuna_is_llavas_own_tokenisation(turns: list[dict[str, str]]) -> None:
 def test_chats_are_the_whole_string(name: str, turns: list[dict[str, str]]) -> None:
     talk = read_talk({"conversations": turns}, 1)
     encoded = encode_conversation(qwen(), TEMPLATES[name], talk, IMAGES, WHOLE)
-    assert encoded.ids == _whole_string(qwen(), TEMPLATES[name], talk)
+    assert encoded.ids == _at_once(qwen(), _text(TEMPLATES[name], talk))
 
 
 def test_where_the_whole_string_differs() -> None:

@@ -23,7 +23,7 @@ from vlm.data.loader import Loader
 from vlm.data.pictures import Pictures
 from vlm.data.shards import Shards
 from vlm.data.sources import open_pictures
-from vlm.data.talk import Talk, Turn, read_talk
+from vlm.data.talk import Talk, Turn, read_talk, shown
 from vlm.data.talk_batch import Reader, TalkForm
 from vlm.data.template import TEMPLATES
 from vlm.data.write import Recipe
@@ -190,6 +190,26 @@ def test_system_turns_and_instructions(tmp_path: Path) -> None:
     assert reads == [words().decode(words().encode(t)[-3:]) for t in ("Is  as ?", "Is  as ?", "What is it?")]
     none = _form(system="Be brief.").prompt(Talk((Turn("user", ("a",)), Turn("assistant", ("b",))), "Own."))
     assert words().decode(none.text.ids).startswith("Own. USER")
+
+
+def _asked(*content: dict[str, Any], **row: Any) -> dict[str, Any]:
+    return {**row, "messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": "yes"}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        _asked({"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "?"}, {"path": "b.png"}),
+        _asked({"type": "image"}, {"type": "text", "text": "?"}, {"type": "image"}, images=["a.png", "b.png"]),
+        _asked({"type": "image", "text": None}, {"type": "text", "text": "?", "image": None}, {"type": "image"})
+        | {"images": ["a.png", "b.png"]},  # as columnar files have it: every field in every part
+        _asked({"type": "text", "text": "<image>?<image>"}, image=["a.png", "b.png"]),
+        _asked({"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}, {"type": "image", "url": "b.png"}),
+    ],
+)
+def test_parts_that_show_pictures(row: dict[str, Any]) -> None:
+    assert shown(row) == ["a.png", "b.png"]
+    assert read_talk(row, 2).turns[0].parts == (None, "?", None)
 
 
 @pytest.mark.parametrize(

@@ -221,9 +221,10 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["shards", "write", "k.json", "out", "--split", "train", "--images", "i", "--image-key", "f"]
     arguments += ["--caption-key", "c", "--id-key", "d", "--samples-per-shard", "5", "--max-mb", "6", "--size", "7"]
     arguments += ["--quality", "8", "--no-check", "--workers", "9", "--max-bad-fraction", "0", "--overwrite", "--json"]
+    arguments += ["--talks"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     given = {"image": "f", "caption": "json:c", "id_field": "d", "images": Path("i"), "workers": 9}
-    given |= {"max_bad_fraction": 0.0, "overwrite": True, "json": True}
+    given |= {"max_bad_fraction": 0.0, "overwrite": True, "json": True, "talks": True}
     assert calls.pop() == ((["k.json#train"], Path("out"), Recipe(5, 6, 7, 8, False)), given)
     for wrong in (["out"], ["a", "out", "--max-bad-fraction", "2"], ["a", "out", "--workers", "-1"]):
         assert CliRunner().invoke(app, ["shards", "write", *wrong]).exit_code == 2

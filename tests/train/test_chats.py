@@ -1,21 +1,25 @@
 """Runs on conversations: they learn from both pictures, go on where they stopped, and say what is wrong beforehand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny import COLOURS, ITC, LANGUAGE, LM, QFORMER, VISION, picture, read, records, write_config
+from tests.tiny import COLOURS, ITC, LANGUAGE, LM, QFORMER, VISION, Made, picture, read, records, write_config
 from vlm import build
 from vlm.config.load import ConfigError
 from vlm.config.schema import Run
+from vlm.data.batch import Batch
 from vlm.data.image import decode
-from vlm.data.talk import Talk
+from vlm.data.talk import Talk, ask
+from vlm.data.talk_batch import collate_talks
 from vlm.data.write import Recipe, write
 from vlm.eval.doctor import check
 from vlm.eval.preview import preview
+from vlm.eval.run import caption
 from vlm.model.describe import answer
 from vlm.model.generate import Sampling
 from vlm.restore import READER, restore
@@ -129,6 +133,42 @@ def test_an_instruction_goes_to_the_qformer(tmp_path: Path) -> None:
     assert (looked[0] - looked[1]).abs().max() > 1e-4
     written = [trained.model.see(batch.to("cpu").pixels, text).soft for text in [batch.instructions] * 2]
     assert torch.equal(*written)
+
+
+def test_a_question_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_run(run(tmp_path, "train.steps=2"), tmp_path / "out")
+    photo = str(tmp_path / "data/0a.png")
+    capsys.readouterr()
+    said = []
+    for question in ("what?", "who is in this picture?", None):
+        caption(tmp_path / "out", [photo], json=True, question=question, max_new=6)
+        said.append(json.loads(capsys.readouterr().out)["caption"])
+    trained = restore(tmp_path / "out")
+    form = build.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens)
+    image = trained.model.vision.transform(decode(Path(photo).read_bytes()))[None]
+    questions = [ask("what?"), ask("who is in this picture?"), ask("")]
+    assert form is not None
+    assert said == [answer(trained.model, form, [talk], image, Sampling(6))[0] for talk in questions]
+
+
+@pytest.mark.parametrize("kind", ["mlp", "qformer"])
+def test_no_picture_leaves_no_part_out(tmp_path: Path, kind: str) -> None:
+    """A batch of text alone: its loss is that of the text, and the parts that look have gradients of zero."""
+    reads: dict[str, Any] = {} if kind == "mlp" else {"connector": QFORMER, "instruction": {"max_tokens": 6}}
+    made = Made(run(tmp_path, **reads))
+    form = build.talk_form(made.run, made.tokenizer, made.model.image_tokens)
+    assert form is not None
+    raws = [made.shards.raw(index) for index in (3, 7)]
+    batch = collate_talks([form.sample(raw, made.model.vision.transform.read) for raw in raws], form, (32, 32))
+    batch = replace(batch, images=made.model.vision.transform.normalize(batch.images))
+    assert batch.prompts is not None
+    loss = made.task(batch).total
+    assert torch.equal(loss, made.task(Batch.of_text(batch.prompts)).total)
+    loss.backward()
+    others = ("position", "head") if kind == "qformer" else ()  # what a Q-Former that writes has
+    for name, weight in [*made.model.vision.named_parameters(), *made.model.connector.named_parameters()]:
+        if not name.startswith(tuple(f"text.{other}" for other in others)):
+            assert weight.grad is not None and not weight.grad.any(), name
 
 
 def test_verbs_look_at_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

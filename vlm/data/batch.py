@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vlm.data.encode import encode_prompt
+from vlm.data.encode import caption_encoder
 from vlm.data.reply import apart
 from vlm.data.shards import Sample
 from vlm.data.template import Template
@@ -54,7 +54,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Batch:
-    """B images with M texts drawn from them; a text is positive for all images it describes, not only for its owner."""
+    """B images with M texts drawn from them; a text is positive for all images it describes, not only for its owner.
+
+    Of conversations: B images of all of them, in the order of `shown`; M texts, whose keys `keys` are.
+    """
 
     keys: list[str]  # B
     images: Tensor | None  # B 3 H W: 0..255, uint8 unless a random change made it float; B N C: finished features
@@ -142,7 +145,8 @@ def collate(
     captions = pad([encode_caption(tokenizer, text, max_tokens) for text in strings], tokenizer.pad)
     prompts = None
     if template is not None:
-        filled = [encode_prompt(tokenizer, template, text, image_tokens, max_tokens) for text in strings]
+        encode = caption_encoder(tokenizer, template, image_tokens, max_tokens)
+        filled = [encode(text) for text in strings]
         if reply_start is not None:
             filled = [apart(text, reply_start, tokenizer.eos) for text in filled]
         prompts = pad(filled, tokenizer.pad)

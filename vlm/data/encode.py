@@ -52,25 +52,31 @@ def encode_question(tokenizer: Tokenizer, template: Template, talk: Talk, image_
 def encode_prompt(
     tokenizer: Tokenizer, template: str | Template, text: str | None, image_tokens: int, max_tokens: int
 ) -> Encoded:
-    """A caption after its picture, by a template or a line such as "{image} a photo of {text}".
+    """A caption after its picture, as of `caption_encoder`.
 
-    `text=None` gives the generation prompt: exactly the ids that stand before the answer in training. The rest as in
-    `encode_conversation`. ValueError for a template that does not fit.
+    `text=None` gives the generation prompt: exactly the ids that stand before the answer in training.
+    """
+    encode = caption_encoder(tokenizer, template, image_tokens, max_tokens)
+    return encode.start if text is None else encode(text)
+
+
+def caption_encoder(
+    tokenizer: Tokenizer, template: str | Template, image_tokens: int, max_tokens: int
+) -> "CaptionEncoder":
+    """For captions after their pictures, by a template or a line such as "{image} a photo of {text}".
+
+    Truncation as in `encode_conversation`. ValueError for a template that does not fit.
     """
     form = Template.of(template)
-    images = 1 if form.shows_images else 0
-    try:
-        filled = encode_conversation(
-            tokenizer, form, ask("", images, "a" if text is None else text), image_tokens, max_tokens
-        )
-    except BadSample:
-        start = encode_question(tokenizer, form, ask("", images), image_tokens)
-        taken = len(start.ids) - start.images * image_tokens + len(end_ids(tokenizer, form))
+    writer = _Writer(tokenizer, form, image_tokens)
+    ((before, _),) = exchanges(form, ask("", 1 if form.shows_images else 0))
+    encoder = CaptionEncoder(writer, writer.prompt(before), max_tokens)
+    if writer.room(max_tokens) < 1:
         raise ValueError(
-            f"template {template!r}: its own words and the control tokens take {taken} of max_tokens={max_tokens}, "
-            f"{NO_ROOM}; raise max_tokens or shorten the template"
-        ) from None
-    return filled if text is not None else encode_question(tokenizer, form, ask("", images), image_tokens)
+            f"template {template!r}: its own words and the control tokens take {max_tokens - writer.room(max_tokens)} "
+            f"of max_tokens={max_tokens}, {NO_ROOM}; raise max_tokens or shorten the template"
+        )
+    return encoder
 
 
 def encode_instruction(tokenizer: Tokenizer, text: str, max_tokens: int) -> Encoded:
@@ -125,14 +131,17 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self._end = end_ids(self.tokenizer, self.template)
-        pieces = self._pieces([Literal(self.template.end)])
-        self._ends_in_text = isinstance(pieces[-1], str)
+        self._ends_in_text = isinstance(self._pieces([Literal(self.template.end)])[-1], str)
+
+    def room(self, most: int) -> int:
+        """Tokens that an answer may have in `most` tokens of text."""
+        return most - (len(self.ids) - self.images * self.image_tokens) - len(self._end)
 
     def write(self, before: Sequence[Piece], answer: str, most: int) -> bool:
         """An answer with what stands before it, if there is room in `most` tokens of text; True when all of it fits."""
         mark = len(self.ids), self.images, self.inside
-        words = self._answer(answer, spaced=self.prompt(before))
-        room = most - (len(self.ids) - self.images * self.image_tokens) - len(self._end)
+        words = self.words(answer, spaced=self.prompt(before))
+        room = self.room(most)
         if room < 1:
             del self.ids[mark[0] :], self.labels[mark[0] :]
             self.images, self.inside = mark[1:]
@@ -142,6 +151,11 @@ class _Writer:
         self.labels += learned
         self.inside = self._ends_in_text
         return len(words) <= room
+
+    def written(self, words: Sequence[int], most: int) -> Encoded:
+        """What there is, with an answer after it, which stays out of it."""
+        learned = [*words[: self.room(most)], *self._end]
+        return Encoded(self.ids + learned, self.labels + learned, images=self.images)
 
     def prompt(self, before: Sequence[Piece]) -> bool:
         """What stands before an answer; whether it ends in a space, which belongs to the answer."""
@@ -155,6 +169,12 @@ class _Writer:
         self.labels += [IGNORE] * (len(self.ids) - len(self.labels))
         return spaced
 
+    def words(self, answer: str, spaced: bool) -> list[int]:
+        """Tokens of an answer; `spaced`: after a space."""
+        if spaced:
+            return self.tokenizer.encode(answer if self.tokenizer.own_space else f" {answer}")
+        return self.tokenizer.encode_inside(answer) if self.inside else self.tokenizer.encode(answer)
+
     def _put(self, piece: str | int | None) -> None:
         if piece is None:
             self.ids += [IMAGE_ID] * self.image_tokens
@@ -166,11 +186,6 @@ class _Writer:
         else:  # the space that a tokenizer puts before a first word is not written twice
             self.ids += self.tokenizer.encode(piece[1:] if self.tokenizer.own_space and piece[0] == " " else piece)
         self.inside = isinstance(piece, str)
-
-    def _answer(self, text: str, spaced: bool) -> list[int]:
-        if spaced:
-            return self.tokenizer.encode(text if self.tokenizer.own_space else f" {text}")
-        return self.tokenizer.encode_inside(text) if self.inside else self.tokenizer.encode(text)
 
     def _pieces(self, pieces: Sequence[Piece]) -> list[str | int | None]:
         """Neighbouring texts as one, so that they are encoded as one; the template's control tokens as ids."""
@@ -185,3 +200,21 @@ class _Writer:
                 else:
                     found.append(part)
         return found
+
+
+@dataclass(frozen=True)
+class CaptionEncoder:
+    """Captions, all after the same beginning, which is encoded once."""
+
+    _writer: _Writer
+    _spaced: bool
+    _max_tokens: int
+
+    def __call__(self, caption: str) -> Encoded:
+        """A caption with what stands before and after it."""
+        return self._writer.written(self._writer.words(caption.strip(), self._spaced), self._max_tokens)
+
+    @property
+    def start(self) -> Encoded:
+        """What stands before a caption."""
+        return Encoded(list(self._writer.ids), list(self._writer.labels), images=self._writer.images)

@@ -48,7 +48,7 @@ class Sample:
 
     key: str
     id: str
-    pixels: UInt8[Tensor, "3 H W"] | Float[Tensor, "N C"] | list[UInt8[Tensor, "3 H W"]]
+    pixels: UInt8[Tensor, "3 H W"] | Float[Tensor, "N C"] | list[UInt8[Tensor, "3 _ _"]]
     captions: list[str]
     known: frozenset[str] = frozenset()
     prompt: Prompt | None = None

@@ -33,6 +33,11 @@ class Reader:
         """Of each picture of a talk."""
         return tuple(encode_instruction(self.tokenizer, text, self.max_tokens) for text in instructions(talk))
 
+    @property
+    def blank(self) -> Encoded:
+        """A question without words."""
+        return encode_instruction(self.tokenizer, "", self.max_tokens)
+
 
 @dataclass(frozen=True)
 class TalkForm:
@@ -121,6 +126,8 @@ def collate_talks(samples: Sequence[Sample], form: TalkForm, size: tuple[int, in
     ids = [sample.id for sample in samples for _ in sample.pixels]
     text = pad([prompt.text for prompt in prompts], form.tokenizer.pad)
     beside = [one for prompt in prompts for one in prompt.instructions]
+    if form.reader is not None and not pictures:
+        beside = [form.reader.blank]
     images = torch.stack(pictures) if pictures else torch.zeros(1, 3, *size, dtype=torch.uint8)
     return Batch(
         keys=[sample.key for sample in samples],
@@ -132,5 +139,5 @@ def collate_talks(samples: Sequence[Sample], form: TalkForm, size: tuple[int, in
         prompts=text,
         positive=torch.zeros(len(images), len(samples), dtype=torch.bool),
         shown=torch.arange(len(pictures)),
-        instructions=pad(beside, form.reader.tokenizer.pad) if beside and form.reader is not None else None,
+        instructions=None if form.reader is None else pad(beside, form.reader.tokenizer.pad),
     )

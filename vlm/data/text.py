@@ -94,10 +94,17 @@ class Tokenizer:
 
         A start that the vocabulary does not have is left out.
         """
+        return list(self._literals(text))
+
+    @cached_property
+    def _literals(self) -> "Callable[[str], tuple[str | int, ...]]":
+        return lru_cache(maxsize=2**10)(self._split)  # a template says the same all the time
+
+    def _split(self, text: str) -> tuple[str | int, ...]:
         own: dict[str, int | None] = {"{bos}": self.bos, "{eos}": self.eos, **self._named}
         pieces = self._marks.split(text)
         found = [own[piece] if number % 2 else piece for number, piece in enumerate(pieces)]
-        return [piece for piece in found if piece != "" and piece is not None]
+        return tuple(piece for piece in found if piece != "" and piece is not None)
 
     @cached_property
     def _named(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm import build
+from vlm.config.schema import ChatData
 from vlm.data.image import BadSample, decode
 from vlm.data.sources import Source
 from vlm.data.talk import ask
@@ -25,6 +26,7 @@ from vlm.ready import open_model
 from vlm.restore import Ready
 
 BATCH = 32  # pictures captioned together
+ANSWER = 256  # tokens of the longest answer, unless told otherwise
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -99,11 +101,12 @@ def caption(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int = 0,
+    question: str | None = None,
 ) -> None:
     """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1.
 
     `model`: as of `open_model`. `max_new`: tokens of the longest caption, as long as those that the model was trained
-    on unless given; the rest as in `Sampling`.
+    on unless given, of answers at most ANSWER; the rest as in `Sampling`. `question`: what is answered about each.
     """
     Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
     paths = list(find_images(images))
@@ -112,21 +115,25 @@ def caption(
         raise ValueError(f"{model} was trained without lm, so it cannot write captions")
     if best_device().type == "cpu":
         lay_out_for_decoding(trained.model)
+    data = trained.data
+    if question is not None and not isinstance(data, ChatData):
+        raise ValueError(f"--question: {model} was trained on captions ({data.kind}), not to answer questions")
     decoding: Decoding
     if trained.usage is not None and (max_new, min_new, temperature, top_k, top_p, repetition_penalty) == _UNSAID:
-        decoding = trained.usage.captions
+        decoding = trained.usage.captions if question is None else trained.usage.answers
     else:
-        longest = trained.data.max_tokens if max_new is None else max_new
+        usual = min(data.max_tokens, ANSWER) if isinstance(data, ChatData) else data.max_tokens
+        longest = usual if max_new is None else max_new
         decoding = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
     generator = torch.Generator(best_device()).manual_seed(seed)
     bad = 0
     for start in range(0, len(paths), BATCH):
         readable, pixels = _read(trained, paths[start : start + BATCH])
         bad += len(paths[start : start + BATCH]) - len(readable)
-        said = captions(trained, torch.stack(pixels), decoding, generator) if pixels else []
+        said = captions(trained, torch.stack(pixels), decoding, generator, question) if pixels else []
         for path, text in zip(readable, said, strict=True):
             record = jsonlib.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
-            print(record if json else f"{path}\t{text}", flush=True)
+            print(record if json else f"{path}\t{one_line(text)}", flush=True)
     if bad:
         print(f"vlm: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)
         raise SystemExit(1)
@@ -147,18 +154,25 @@ def _read(trained: Ready, paths: Sequence[Path]) -> tuple[list[Path], list[Tenso
     return readable, pixels
 
 
-def captions(trained: Ready, images: Tensor, decoding: Decoding, generator: torch.Generator | None = None) -> list[str]:
-    """Captions of normalised images, B 3 H W: as the run learned to write them, or as a published model is asked to."""
+def captions(
+    trained: Ready,
+    images: Tensor,
+    decoding: Decoding,
+    generator: torch.Generator | None = None,
+    question: str | None = None,
+) -> list[str]:
+    """Captions of normalised images, B 3 H W, or of a model that answers, the answers to a question about each.
+
+    Without a question a published model is asked as its authors ask it for a caption.
+    """
     model, data = trained.model, trained.data
     images = images.to(next(model.parameters()).device)
     with fast_float32():
-        if trained.usage is None:
-            template = build.template(data.template)
-            return describe(model, trained.tokenizer, images, template, data.max_tokens, decoding, generator)
-        question = "" if trained.usage.template == "blip2" else trained.usage.caption  # that one has the words itself
-        talks = [ask(question, 1)] * len(images)
-        said = answer(model, trained.form(), talks, images, decoding, generator, trained.usage.stop)
-    return [one_line(text) for text in said]
+        if isinstance(data, ChatData):
+            form, words, stop = trained.form(question)
+            return answer(model, form, [ask(words, 1)] * len(images), images, decoding, generator, stop)
+        template = build.template(data.template)
+        return describe(model, trained.tokenizer, images, template, data.max_tokens, decoding, generator)
 
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:

@@ -66,6 +66,8 @@ class Views:
         batch = self.batch
         if batch.instructions is not None:
             index = batch.owner if batch.shown is None else batch.shown
+            if not len(index):  # a blank picture that no text shows: see `collate_talks`
+                return self.model.connect(self.encoded, batch.instructions).select(index)
             return self.model.connect(self.encoded[index], batch.instructions)
         seen = replace(self.seen, memory=None)
         if batch.shown is not None:

@@ -24,6 +24,12 @@ class Usage(NamedTuple):
     answers: Beams | Sampling
     stop: tuple[str, ...] = ()
 
+    def asked(self, question: str | None) -> tuple[str, str]:
+        """The template's name and what the user says in it; without a question, what is said for a caption."""
+        if self.template == "blip2":  # a template that has the words itself
+            return (self.template, "") if question is None else ("blip2_question", question)
+        return self.template, self.caption if question is None else self.question.format(question)
+
 
 _SHORT = "Question: {} Short answer:"
 _CAPTIONS = Beams(5, max_new=30, min_new=8)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
+from vlm.config.language import HuggingFaceLanguage
 from vlm.config.load import load
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
@@ -33,9 +34,11 @@ class Trained:
 
 def sourced_parts(run: schema.Run) -> set[str]:
     """Parts whose starting weights can be had again: from a hub or a file by name, or from another run."""
-    return {part for part, source in run.model.init.items() if source} | (
-        {"vision"} if run.model.vision is not None and run.model.vision.weights is not None else set()
-    )
+    language = run.model.language
+    named = {"language"} if isinstance(language, HuggingFaceLanguage) and language.pretrained else set()
+    if run.model.vision is not None and run.model.vision.weights is not None:
+        named.add("vision")
+    return {part for part, source in run.model.init.items() if source} | named
 
 
 def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> list[str]:

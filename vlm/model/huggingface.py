@@ -38,6 +38,9 @@ class HuggingFaceLanguage(nn.Module):
             raise self._refusal(f"it takes no {', '.join(missing)}")
         self._memories = self._layers()
         self._takes_masks: bool | None = None  # not tried yet
+        self._copies = _copies(module)
+        self.register_state_dict_post_hook(_leave_out_copies)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_put_back_copies)  # type: ignore[no-untyped-call]
         if not model.get_input_embeddings().weight.is_meta:
             self._refuse_other_ends()
 
@@ -170,3 +173,26 @@ def _causal(tokens: Tokens) -> bool:
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _copies(module: nn.Module) -> dict[str, str]:
+    """Second names of tied parameters, by which a file would hold them twice: to their first names."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, parameter in module.named_parameters(prefix="module", remove_duplicate=False):
+        if (known := first.setdefault(id(parameter), name)) != name:
+            found[name] = known
+    return found
+
+
+def _leave_out_copies(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    assert isinstance(module, HuggingFaceLanguage)
+    for name in module._copies:
+        state.pop(prefix + name, None)
+
+
+def _put_back_copies(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, HuggingFaceLanguage)
+    for name, first in module._copies.items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])

@@ -114,10 +114,10 @@ class Model(Section):
 
 
 class FileTokenizer(Section):
-    """Any tokenizer.json."""
+    """A published tokenizer: tokenizer.json, SentencePiece's model, vocab.json with merges.txt, BERT's vocab.txt."""
 
     kind: Literal["file"]
-    path: str
+    path: str = Field(description="the folder of a model, or one of these files")
 
 
 class ClipTokenizer(Section):

@@ -98,7 +98,10 @@ class HuggingFaceLanguage(nn.Module):
         expected = model(input_ids=ids).logits
         found = self.logits(self.forward(Tokens.of(self.embed(ids))).hidden)
         self.module.train(training)
-        if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        near = (1e-4 if expected.dtype == torch.float32 else 2e-2) * float(expected.abs().max())
+        # A cap hardly shows while logits are small.
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
+        if capped or not torch.allclose(found, expected, rtol=0, atol=near):
             raise self._refusal("it scales or caps embeddings or logits itself")
 
     def _refuse_gaps(self, past: Tensor | None, state: State | None) -> None:

@@ -148,7 +148,7 @@ def language_model(settings: LanguageSettings, vocabulary: int) -> Language:
         case TransformerLanguage():
             return decoder(settings, vocabulary)
         case HuggingFaceLanguage(name=name, pretrained=pretrained):
-            found = huggingface_language(name, pretrained)
+            found = huggingface_language(name, pretrained, DTYPES[settings.dtype])
             if found.vocabulary < vocabulary:
                 raise ValueError(
                     f"model.language.name={name}: it knows {found.vocabulary} tokens, the tokenizer {vocabulary}: "

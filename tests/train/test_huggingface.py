@@ -15,6 +15,7 @@ from vlm.data.text import Tokenizer, train_bpe
 from vlm.model.beam import Beams
 from vlm.model.describe import describe
 from vlm.model.generate import Decoding, Sampling
+from vlm.model.huggingface import HuggingFaceLanguage
 from vlm.restore import Trained, restore
 from vlm.train.run import train_run
 
@@ -71,6 +72,17 @@ def test_a_frozen_one_is_not_stored(folders: dict[str, Path], tmp_path: Path) ->
     stored = load_file(next(out.glob("step-*")) / "model.safetensors")
     assert stored and not any(name.startswith("language.") for name in stored)
     assert restore(out).step == 2
+
+
+def test_a_frozen_one_in_bfloat16(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_run(run_of(tmp_path, folders["llama"], FROZEN, "train.steps=8", "model.language.dtype=bfloat16"), out)
+    trained = restore(out)
+    assert isinstance(trained.model.language, HuggingFaceLanguage)
+    assert {p.dtype for p in trained.model.language.parameters()} == {torch.bfloat16}
+    losses = [record["train/loss_lm"] for record in records(out) if "train/loss_lm" in record]
+    assert losses[-1] < losses[0]
+    assert len(captions(trained, ["red", "blue"], Beams(2, max_new=4))) == 2
 
 
 def test_a_tokenizer_of_more_tokens_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ class HuggingFaceLanguage(Section):
     kind: Literal["huggingface"]
     name: str = Field(description="folder, or OWNER/NAME[@REVISION] of the hub; code beside the weights is never run")
     pretrained: bool = Field(True, description="with its weights; false: random ones")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of its weights; bfloat16 where none learns")
 
 
 class TransformerLanguage(Section):

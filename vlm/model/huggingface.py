@@ -144,7 +144,7 @@ class HuggingFaceLanguage(nn.Module):
         return ValueError(f"language.kind=huggingface: the family {self.family} of transformers: {reason}")
 
 
-def huggingface_language(name: str, pretrained: bool = True) -> HuggingFaceLanguage:
+def huggingface_language(name: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> HuggingFaceLanguage:
     """The causal language model of a folder, or of the hub by OWNER/NAME[@REVISION]; code beside it is never run.
 
     `pretrained`: False takes its architecture with random weights. On the meta device only shapes are made.
@@ -158,10 +158,10 @@ def huggingface_language(name: str, pretrained: bool = True) -> HuggingFaceLangu
     options = {"revision": revision or None, "trust_remote_code": False}
     try:
         if pretrained and torch.get_default_device().type != "meta":
-            module = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+            module = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
         else:
             config = AutoConfig.from_pretrained(place, **options)
-            module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"language.name={name}: transformers cannot open it ({reason})") from None

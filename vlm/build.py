@@ -179,7 +179,7 @@ def language_model(settings: LanguageSettings, vocabulary: int) -> Language:
             dtype = None if settings.dtype is None else DTYPES[settings.dtype]
             found = published.language_model(name, known, dtype)
         case HuggingFaceLanguage(name=name, pretrained=pretrained):
-            found = huggingface_language(name, pretrained)
+            found = huggingface_language(name, pretrained, DTYPES[settings.dtype])
         case _:
             assert_never(settings)
     if (rows := found.vocabulary) < vocabulary:

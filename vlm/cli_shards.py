@@ -123,7 +123,7 @@ def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, wo
 @click.option("--image", help="Suffixes of the pictures, such as jpg;png.")
 @click.option("--caption", help="Where the captions stand, such as json:caption.")
 @click.option("--min-side", type=click.IntRange(1), default=1, help="Shortest side of a picture, in pixels.")
-@click.option("--tokenizer", type=folder, help="A tokenizer.json; counts captions longer than --max-tokens.")
+@click.option("--tokenizer", type=folder, help="A tokenizer, folder or file; counts captions above --max-tokens.")
 @click.option("--max-tokens", type=click.IntRange(3), help="Longest text, with its start and end.")
 @click.option("--max-bad-fraction", type=click.FloatRange(0, 1), help="Exit with 1 above this share; as in training.")
 @click.option("--talks", is_flag=True, help="Conversations, as with data.kind=chats of a config.")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
-from vlm.config.language import PublishedLanguage
 from vlm.config.load import load
 from vlm.data.talk_batch import Reader, TalkForm
 from vlm.data.text import Tokenizer, load_tokenizer
@@ -89,8 +88,8 @@ def sourced_parts(run: schema.Run) -> set[str]:
 
 def _named(model: schema.Model) -> dict[str, str | None]:
     """Parts whose settings can name a source of their own."""
-    language = model.language.name if isinstance(model.language, PublishedLanguage) else None
-    return {"vision": None if model.vision is None else model.vision.source, "language": language}
+    parts = {"vision": model.vision, "language": model.language}
+    return {name: None if part is None else part.source for name, part in parts.items()}
 
 
 def initialise(model: VisionLanguageModel, run: schema.Run, folder: Path) -> list[str]:

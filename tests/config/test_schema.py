@@ -123,6 +123,14 @@ def test_mistakes_of_every_section_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_models_of_transformers(tmp_path: Path) -> None:
+    language = "model.language={kind: huggingface, name: gpt2}"
+    found = mistakes(config(tmp_path), language, "train.activation_checkpointing=true")
+    assert found == ["train.activation_checkpointing: model.language.kind=huggingface has no means for it"]
+    (missing,) = mistakes(config(tmp_path), "model.language={kind: huggingface}")
+    assert missing.startswith("model.language.name: ")
+
+
 def test_dump_reads_back(tmp_path: Path) -> None:
     run = load(Run, config(tmp_path), ["data.augment.scale=[0.5, 1]", "train.params=[{match: '.*', lr: 1e-4}]"])
     (tmp_path / "again.yaml").write_text(dump(run), encoding="utf-8")

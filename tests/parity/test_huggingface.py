@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -183,9 +184,22 @@ def test_what_windows_cannot_do_is_refused(name: str) -> None:
                 num_key_value_heads=2,
                 head_dim=4,
                 intermediate_size=8,
-                final_logit_softcapping=0.1,
             ),
             "gemma2 .*: it scales or caps embeddings or logits itself",
+        ),
+        (
+            CohereConfig(
+                vocab_size=9,
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                intermediate_size=8,
+                pad_token_id=None,
+                bos_token_id=None,
+                eos_token_id=None,
+            ),
+            "cohere .*: it scales or caps embeddings or logits itself",
         ),
     ],
 )

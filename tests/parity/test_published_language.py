@@ -362,6 +362,47 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
                 assert value == getattr(type(config), name, None), name
 
 
+# Their defaults are the sizes of released models.
+DENSE = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "opt"]
+RELEASED = {"llama": 6_738_415_616, "mistral": 7_241_732_096, "opt": 125_239_296, "mixtral": 46_702_792_704}
+DEEPSEEK_16B = {
+    "model_type": "deepseek",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"deepseek"}))
+def test_full_sizes_are_those_of_transformers(family: str) -> None:
+    with torch.device("meta"):
+        part = language_part({"model_type": family}, "config.json")
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family))
+    count = sum(parameter.numel() for parameter in part.module.parameters())
+    assert count == sum(parameter.numel() for parameter in theirs.parameters()) == RELEASED.get(family, count)
+    if family in DENSE:
+        shapes = {name: value.shape for name, value in part.table.to_theirs(part.module.state_dict()).items()}
+        held = {name: value.shape for name, value in theirs.state_dict().items()}
+        assert shapes == {name: held[name] for name in shapes} and not set(held) - set(shapes) - {"lm_head.weight"}
+
+
+def test_the_full_size_of_deepseek_is_the_released_one() -> None:
+    with torch.device("meta"):
+        part = language_part(DEEPSEEK_16B, "config.json")
+    assert sum(parameter.numel() for parameter in part.module.parameters()) == 16_375_728_128
+    names = part.table.to_theirs(part.module.state_dict())
+    assert names["model.layers.27.mlp.experts.63.down_proj.weight"].shape == (2048, 1408)
+    assert names["model.layers.27.mlp.shared_experts.gate_proj.weight"].shape == (2 * 1408, 2048)
+    assert names["model.layers.0.mlp.down_proj.weight"].shape == (2048, 10944)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

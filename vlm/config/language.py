@@ -92,6 +92,11 @@ class PublishedLanguage(Section):
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="of its weights where none of them learns")
 
+    @property
+    def source(self) -> str | None:
+        """Where its weights come from; None for random ones."""
+        return self.name
+
     @model_validator(mode="after")
     def _something_is_said(self) -> "PublishedLanguage":
         if problem := nothing_said(self.name, self.architecture):
@@ -105,6 +110,12 @@ class HuggingFaceLanguage(Section):
     kind: Literal["huggingface"]
     name: str = Field(description="folder, or OWNER/NAME[@REVISION] of the hub; code beside the weights is never run")
     pretrained: bool = Field(True, description="with its weights; false: random ones")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of its weights; bfloat16 where none learns")
+
+    @property
+    def source(self) -> str | None:
+        """Where its weights come from; None for random ones."""
+        return self.name if self.pretrained else None
 
 
 class TransformerLanguage(Section):
@@ -120,6 +131,11 @@ class TransformerLanguage(Section):
     placement: Literal["pre", "post"] = Field("pre", description="norms before the branches, or after the sums (BERT)")
     tied: bool = Field(True, description="the vocabulary head is the embedding")
     dropout: BelowOne = 0.0
+
+    @property
+    def source(self) -> str | None:
+        """Where its weights come from; None for random ones."""
+        return None
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "TransformerLanguage":

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.language import Language
+from vlm.config.language import HuggingFaceLanguage, Language
 from vlm.config.pictures import PictureData, Template
 from vlm.config.section import BelowOne, Fraction, Positive, Section, nothing_said, usually
 
@@ -167,10 +167,10 @@ class Model(Section):
 
 
 class FileTokenizer(Section):
-    """Any tokenizer.json."""
+    """A published tokenizer: tokenizer.json, SentencePiece's model, vocab.json with merges.txt, BERT's vocab.txt."""
 
     kind: Literal["file"]
-    path: str
+    path: str = Field(description="the folder of a model, or one of these files")
 
 
 class PublishedTokenizer(Section):
@@ -380,6 +380,8 @@ def _misfits(run: Run) -> list[str]:
         problems.append("model.vision.dtype: only for a frozen encoder; a trained one follows train.precision")
     if run.train.keep_best and run.data.val is None:
         problems.append("train.keep_best: the best is told by data.val, which is not set")
+    if run.train.activation_checkpointing and isinstance(run.model.language, HuggingFaceLanguage):
+        problems.append("train.activation_checkpointing: model.language.kind=huggingface has no means for it")
     return problems
 
 

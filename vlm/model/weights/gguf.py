@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import AddedToken, Tokenizer as Inner, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Inner
 from torch import Tensor
 
 from vlm.data.text import Tokenizer
@@ -80,7 +81,9 @@ def gguf_table(tied: bool) -> Table:
 
 def gguf_to_ours(theirs: Mapping[str, Tensor], heads: int, kv_heads: int, tied: bool) -> dict[str, Tensor]:
     """Our tensors from those of a file. Errors: a tensor that the table does not know."""
-    return gguf_table(tied).to_ours({name: _reorder(name, x, heads, kv_heads, halves=True) for name, x in theirs.items()})
+    return gguf_table(tied).to_ours(
+        {name: _reorder(name, x, heads, kv_heads, halves=True) for name, x in theirs.items()}
+    )
 
 
 def gguf_to_theirs(ours: Mapping[str, Tensor], heads: int, kv_heads: int, tied: bool) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ weights come from two Python packages, so `make demo-llava` needs nothing but a 
 
 import argparse
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,7 +47,7 @@ SETTINGS = {"size": 192, "side": 2, "views": 6, "tokens": 4, "batch": 16}
 SETTINGS |= {"words": 600, "captions": 450, "questions": 350}  # steps of the stages
 Texts = Callable[[RawSample, random.Random], Encoded]  # what a stage writes about a picture
 SETS = TRAIN, TEST
-AUGMENT = Augment((0.75, 1.32), 0.1, rotate=6, shift=0.03, brightness=0.1, contrast=0.15, saturation=0.3)
+AUGMENT = Augment((0.75, 1.32), 0.1, rotate=6.0, shift=0.03, brightness=0.1, contrast=0.15, saturation=0.3)
 
 
 def parts(connector: str, classes: int, s: dict[str, int]) -> tuple[VisionLanguageModel, Tokenizer]:
@@ -101,7 +102,7 @@ def train(
     optimizer, task = make_optimizer(model, decided, (0.9, 0.98)), Task(model, [objective])
     out.mkdir(parents=True)
     with Log(out, steps, out.name, 25, {objective.name: objective.chance(1, 1)}) as log:
-        passes = Passes(task, torch.bfloat16 if bfloat16_is_fast(torch.device("cpu")) else torch.float32)
+        passes = Passes(task, torch.float32)  # of the connector; the frozen parts keep their own
         fit(passes, data, optimizer, Plan(steps, warmup=steps // 20), log, save=lambda *_: None)
 
 
@@ -161,9 +162,9 @@ if __name__ == "__main__":
     parser.add_argument("--connector", choices=["mlp", "qformer"], default="mlp")
     parser.add_argument("settings", nargs="*", metavar="key=number", help=f"of {', '.join(SETTINGS)}")
     arguments = parser.parse_args()
-    given = dict(text.split("=", 1) for text in arguments.settings)
+    given = {key: number for key, _, number in (text.partition("=") for text in arguments.settings)}
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists: choose another folder, or remove it")
-    if wrong := [key for key in given if key not in SETTINGS or not given[key].isdigit()]:
+    if wrong := [text for text in arguments.settings if not re.fullmatch(rf"({'|'.join(SETTINGS)})=[1-9]\d*", text)]:
         parser.error(f"{wrong[0]}: no such number; there are: {', '.join(SETTINGS)}")
     main(arguments.out, arguments.connector, SETTINGS | {key: int(value) for key, value in given.items()})

@@ -53,7 +53,8 @@ class PrefixConnector(MlpConnector):
 
     def forward(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
         """Tokens of the whole picture."""
-        out: Tensor = self.norm(self.layers(self.vector(image)).unflatten(1, (self.tokens, self.dim)))
+        rows: Tensor = self.layers(self.vector(image)).unflatten(1, (self.tokens, self.dim))
+        out: Tensor = self.norm(rows.float())  # autocast would hand it another dtype than its weight has
         return out
 
 

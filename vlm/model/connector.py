@@ -9,6 +9,9 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
+
+from vlm.nn.norm import RMSNorm
 
 from vlm.nn.attention import CrossAttention
 
@@ -29,6 +32,33 @@ class MlpConnector(nn.Module):
     def forward(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
         """One token out for each in."""
         out: Tensor = self.layers(image)
+        return out
+
+
+class PrefixConnector(MlpConnector):
+    """All image tokens as one vector, through an `MlpConnector` to several tokens at once.
+
+    ClipCap's mapping network (arXiv 2111.09734): every token out sees the whole picture and has weights of its own. The
+    vector is brought to mean 0 and deviation 1; tokens are normalised, so that they stay as long as the words that the
+    language model knows, whether the picture is one of those trained on or not.
+    """
+
+    def __init__(
+        self, image_dim: int, dim: int, image_tokens: int, tokens: int, depth: int = 2, hidden: int | None = None
+    ) -> None:
+        """`image_tokens` come in, `tokens` go out; `hidden` is `dim` unless given."""
+        super().__init__(image_tokens * image_dim, tokens * dim, tokens, depth, dim if hidden is None else hidden)
+        self.dim, self.norm = dim, RMSNorm(dim, eps=1e-6)
+
+    def vector(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B V"]:
+        """The whole picture, as the first layer takes it."""
+        flat = image.flatten(1)
+        return functional.layer_norm(flat, flat.shape[1:])
+
+    def forward(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
+        """Tokens of the whole picture."""
+        rows: Tensor = self.layers(self.vector(image)).unflatten(1, (self.tokens, self.dim))
+        out: Tensor = self.norm(rows.float())  # autocast would hand it another dtype than its weight has
         return out
 
 

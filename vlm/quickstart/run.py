@@ -151,14 +151,15 @@ def _page(out: Path, metrics: dict[str, Any], cards: list[Card]) -> Page:
             Gallery(
                 "Captions in the unseen style", cards, f"Every {counts['images'] // SHOWN}th picture, as it comes."
             ),
-            *(_curves(out / name, name) for name in STAGES),
+            *(curves(out / name, name) for name in STAGES),
             Table("Time", ["stage", "seconds"], [[name, f"{seconds[name]:.0f}"] for name in STAGES]),
         ],
         credits=credits,
     )
 
 
-def _curves(run: Path, title: str) -> Curves:
+def curves(run: Path, title: str) -> Curves:
+    """The training losses of a run's folder, each beside what guessing gives."""
     series: dict[str, list[tuple[float, float]]] = {}
     chance: dict[str, float] = {}
     for record in read_metrics(run):

@@ -1,0 +1,49 @@
+"""Questions and answers about the quickstart's pictures, made of their metadata alone."""
+
+import random
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vlm.data.text import Encoded, Tokenizer, encode_prompt
+
+NAME, CATEGORY = "What is shown in this picture?", "Which category does this belong to?"
+FIRST, LATER = "{{image}}\n{question}\n{{text}}", "\n{question}\n{{text}}"
+CAPTION = "{image}\n{text}"  # a picture and its name, no question: LLaVA's first stage
+LONGEST = 48  # tokens of a text, without the picture's
+
+
+class Turn(NamedTuple):
+    """One question and its answer."""
+
+    question: str
+    answer: str
+
+
+def category(fields: Mapping[str, Any]) -> str:
+    """A picture's group in words: "food-drink" is "food and drink"."""
+    words = str(fields["group"]).split("-")
+    return " and ".join(words) if len(words) == 2 else " ".join(words)
+
+
+def turns(fields: Mapping[str, Any], chooser: random.Random) -> list[Turn]:
+    """Name and category, in random order, so that neither answer can always be read off the other."""
+    found = [Turn(NAME, str(fields["caption"])), Turn(CATEGORY, category(fields))]
+    chooser.shuffle(found)
+    return found
+
+
+def template(question: str) -> str:
+    """What `describe` takes to ask one question about a picture."""
+    return FIRST.format(question=question)
+
+
+def conversation(tokenizer: Tokenizer, asked: list[Turn], image_tokens: int) -> Encoded:
+    """The picture once, then all questions; only answers and their ends are supervised."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for question, answer in asked:
+        form = LATER if ids else FIRST
+        turn = encode_prompt(tokenizer, form.format(question=question), answer, image_tokens, LONGEST)
+        start = 1 if ids else 0  # a conversation begins once
+        ids, labels = ids + turn.ids[start:], labels + turn.labels[start:]
+    return Encoded(ids, labels)

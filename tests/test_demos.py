@@ -85,7 +85,11 @@ def drawn(path: Path, shifts: list[int]) -> Path:
     """Squares of eight colours as the quickstart's records."""
     members = []
     for colour in COLOURS:
-        fields = {"caption": f"{colour} square", "group": "food-drink" if colour < "g" else "objects", "hexcode": colour}
+        fields = {
+            "caption": f"{colour} square",
+            "group": "food-drink" if colour < "g" else "objects",
+            "hexcode": colour,
+        }
         for shift in shifts:
             image, text = picture(colour, shift=shift), json.dumps(fields).encode()
             members += [(f"{colour}{shift}.png", image), (f"{colour}{shift}.json", text)]

@@ -11,9 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlm.nn.norm import RMSNorm
-
 from vlm.nn.attention import CrossAttention
+from vlm.nn.norm import RMSNorm
 
 
 class MlpConnector(nn.Module):

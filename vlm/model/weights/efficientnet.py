@@ -2,7 +2,8 @@
 
 from itertools import chain
 
-from vlm.model.weights.table import Row, Table
+from vlm.model.weights.rows import Row
+from vlm.model.weights.table import Table
 
 STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of each; the first stage does not expand
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -16,7 +16,8 @@ from torch import Tensor
 from vlm.data.text import Tokenizer
 from vlm.model.language import Decoder, llama
 from vlm.model.weights.files import load_strict
-from vlm.model.weights.table import Row, Table
+from vlm.model.weights.rows import Row
+from vlm.model.weights.table import Table
 
 THEIRS, OURS = "blk.{i}", "stack.blocks.{i}"
 CONTROL = 3  # the type of control tokens in a GGUF vocabulary

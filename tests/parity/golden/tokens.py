@@ -8,13 +8,14 @@ One model is like Llama's and Vicuna's (BPE, bytes for what is unknown, digits a
 (unigram, a table of normalisations, spaces tidied). Our reader needs neither library, so neither is needed to test it.
 """
 
+import contextlib
 import io
 import json
 import random
 import tempfile
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
 WORDS = [
     "fox",
@@ -77,9 +78,8 @@ def main() -> None:
     import sentencepiece
     from transformers import LlamaTokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        rules = Path(folder) / "rules.tsv"
-        rules.write_text(RULES)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the model keeps the name of the table
+        Path("rules.tsv").write_text(RULES)
         models = {
             "llama": trained(
                 model_type="bpe",
@@ -98,7 +98,7 @@ def main() -> None:
                 eos_id=1,
                 unk_id=2,
                 bos_id=-1,
-                normalization_rule_tsv=str(rules),
+                normalization_rule_tsv="rules.tsv",
                 character_coverage=0.98,
             ),
         }

@@ -105,3 +105,8 @@ def test_changed_facts_are_noticed(tmp_path: Path) -> None:
 def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json: architectures=\['Blip2TextModel'\]: known here are Blip2For"):
         pair(tmp_path, architectures=["Blip2TextModel"])
+
+
+def test_another_model_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json: settings that vlm does not have: model_type='blip' \(known: "):
+        pair(tmp_path, model_type="blip")

@@ -26,13 +26,14 @@ from tests.parity.blip2 import (
     texts,
     untied,
 )
-from tests.parity.lavis import BERT, TOWER, lavis_names, opened, save_lavis
+from tests.parity.lavis import BERT, TOWER, config_of, lavis_names, opened, save_lavis
 from tests.parity.noise import gap, noise
-from tests.parity.published import same
+from tests.parity.published import same, written
 from vlm.data.batch import Text
 from vlm.model.published import lavis
+from vlm.model.published.blip2 import blip2_part
 from vlm.model.published.lavis import contents, lavis_system, needs, together
-from vlm.model.weights.files import differences, read
+from vlm.model.weights.files import differences, load_strict, read
 
 IDS = {"num_query_tokens": QUERIES, "image_token_index": THEIR_IMAGE_ID}
 SYSTEMS = ["opt", "t5", "instruct", "instruct t5"]
@@ -97,6 +98,23 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
         wanted = {k: v for k, v in read(paths[name]).items() if not k.endswith("position_ids")}
         left_out = ("blocks.3.", "norm.", "head.")
         assert same(back, {k: v for k, v in wanted.items() if not k.startswith(left_out)})
+
+
+@pytest.mark.parametrize("kind", ["opt", "instruct"])
+@torch.no_grad()
+def test_written_in_hugging_face_s_layout(kind: str, tmp_path: Path) -> None:
+    """From LAVIS' files by way of ours to a folder that transformers opens."""
+    theirs, paths = made(kind, tmp_path)
+    ours, _ = opened(paths)
+    folder = tmp_path / "huggingface"
+    theirs.config.save_pretrained(folder)
+    part = blip2_part(config_of(folder), "config.json")
+    load_strict(part.module, ours.state_dict(), "ours")
+    written(part, folder / "model.safetensors")
+    again = type(theirs).from_pretrained(folder).eval()
+    again.vision_model.post_layernorm.eps = 1e-5  # one setting for all norms of the tower there
+    given = inputs(kind)
+    assert compared(expected(again, *given)[0], expected(theirs, *given)[0], given[1]) < 1e-5
 
 
 @torch.no_grad()

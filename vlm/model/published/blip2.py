@@ -22,7 +22,6 @@ BLIP2 = {
     "architectures": None,
     "num_query_tokens": 32,
     "image_text_hidden_size": 256,
-    "text_config": None,
 }
 QFORMER = {
     "vocab_size": 30522,
@@ -48,8 +47,7 @@ def blip2_part(values: Mapping[str, Any], where: str) -> Part:
     `Blip2ForImageTextRetrieval` has the contrastive and the matching head of stage 1; the others end in a language
     model. ValueError: another architecture, a setting that our parts do not have.
     """
-    s = Settings(values, where, BLIP2)
-    instructed = s["model_type"] == "instructblip"
+    s, instructed = _settings(values, where)
     usual = RETRIEVAL if s.section("qformer_config", QFORMER)["use_qformer_text_input"] else GENERATION[0]
     named = s["architectures"] or [INSTRUCTED if instructed else usual]
     if named[0] == RETRIEVAL:
@@ -65,18 +63,25 @@ def front_part(values: Mapping[str, Any], where: str) -> Part:
 
     What else its files hold is left there. ValueError as of `blip2_part`.
     """
-    s = Settings(values, where, BLIP2)
-    instructed = s["model_type"] == "instructblip"
+    s, instructed = _settings(values, where)
     reads = instructed or bool(s.section("qformer_config", QFORMER)["use_qformer_text_input"])
     vision, tower = _vision(s)
     table = blip2_front_table(tower, INSTRUCTBLIP if instructed else HUGGING_FACE)
     return Part(VisionLanguageModel(vision, _qformer(s, reads)), table)
 
 
+def _settings(values: Mapping[str, Any], where: str) -> tuple[Settings, bool]:
+    """With defaults, and whether the Q-Former reads an instruction."""
+    s = Settings(values, where, BLIP2)
+    s.expect(model_type=("blip-2", "instructblip"))
+    return s, s["model_type"] == "instructblip"
+
+
 def _generation(s: Settings, instructed: bool) -> Part:
     s.section("qformer_config", QFORMER).expect(use_qformer_text_input=(False,))
     vision, tower = _vision(s)
-    language = language_part({"model_type": "opt", **(s["text_config"] or {})}, f"{s.where}: text_config")
+    text = s.section("text_config", {})
+    language = language_part({"model_type": "opt", **text.given}, text.where)
     reader = language.module
     assert isinstance(reader, Language)
     model = VisionLanguageModel(vision, _qformer(s, instructed, reader.dim), language=reader)

@@ -29,5 +29,5 @@ def test_short_answers_of_opt_and_t5_differ_in_what_length_costs() -> None:
 
 
 def test_another_system_is_refused() -> None:
-    with pytest.raises(ValueError, match="model_type='llava': known are blip-2, instructblip and minigpt4"):
-        usage_of("llava", "llama")
+    with pytest.raises(ValueError, match="model_type='flamingo': known are blip-2, instructblip"):
+        usage_of("flamingo", "opt")

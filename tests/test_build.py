@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import ITC, ITM, LANGUAGE, LM, QFORMER, TEXT, Made, settings, squares, tiny_run, write_config
-from vlm import build
+from vlm import build, build_data
 from vlm.config.load import load
 from vlm.config.schema import Run
 from vlm.data.text import Tokenizer, train_bpe
@@ -171,7 +171,7 @@ def test_open_clip_and_frozen_bf16(tmp_path: Path) -> None:
 
 def test_tokenizers(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "clip")
-    learned = build.tokenizer(run.tokenizer, ["a red square"])
+    learned = build_data.tokenizer(run.tokenizer, ["a red square"])
     learned.save(tmp_path / "tokenizer.json")
 
     def unread() -> Any:
@@ -180,8 +180,8 @@ def test_tokenizers(tmp_path: Path) -> None:
 
     path = tmp_path / "tokenizer.json"
     file = tiny_run(tmp_path, "clip", f"tokenizer={{kind: file, path: {path}}}")
-    assert build.tokenizer(file.tokenizer, unread()).encode("a red square") == learned.encode("a red square")
-    assert build.tokenizer(tiny_run(tmp_path, "clip", "tokenizer.kind=clip").tokenizer, unread()).size == 49408
+    assert build_data.tokenizer(file.tokenizer, unread()).encode("a red square") == learned.encode("a red square")
+    assert build_data.tokenizer(tiny_run(tmp_path, "clip", "tokenizer.kind=clip").tokenizer, unread()).size == 49408
 
 
 def test_precision(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from vlm import build
+from vlm import build, build_data
 from vlm.config.load import load
 from vlm.config.schema import Run
 from vlm.data.batch import Batch, collate
@@ -127,13 +127,13 @@ class Made:
     """What a run is made of, short of training it."""
 
     def __init__(self, run: Run) -> None:
-        self.shards = build.shards(run.data, run.data.train)
-        self.tokenizer = build.tokenizer(run.tokenizer, self.shards.captions())
+        self.shards = build_data.shards(run.data, run.data.train)
+        self.tokenizer = build_data.tokenizer(run.tokenizer, self.shards.captions())
         self.model = build.model(run, self.tokenizer)
         decided = assign(self.model, rules(run), frozen_parts(run))
         self.optimizer = make_optimizer(self.model, decided, run.train.betas)
         self.task = Task(self.model, [objective(loss, self.tokenizer, run.train.accumulate) for loss in run.losses])
-        self.loader = build.training_loader(
+        self.loader = build_data.training_loader(
             run,
             self.shards,
             self.model.vision.transform,
@@ -156,6 +156,6 @@ class Made:
         for i, caption in enumerate(captions):
             pixels = self.model.vision.transform.pixels(decode(self.shards.raw(i).image))
             samples.append(Sample(str(i), str(i), pixels, [caption]))
-        template = build.caption_template(self.run)
+        template = build_data.caption_template(self.run)
         made = collate(samples, self.tokenizer, self.run.data.max_tokens, template, self.model.image_tokens)
         return replace(made, images=self.model.vision.transform.normalize(made.images))

@@ -5,6 +5,7 @@ Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong 
 
 import os
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Literal
 
@@ -157,6 +158,18 @@ def show_config(config: Path, overrides: tuple[str, ...]) -> None:
     from vlm.config.schema import Run
 
     click.echo(dump(load(Run, config, overrides)), nl=False)
+
+
+@app.command()
+@json_option
+def models(json: bool) -> None:
+    """List the published systems.
+
+    Their configs, whose files of weights are read, and what each was proven equal to.
+    """
+    from vlm.models import as_json, as_text
+
+    click.echo(dumps(as_json(), indent=1) if json else as_text())
 
 
 app.add_command(shards)

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlm import build, checkpoint
+from vlm import build, build_data, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
+from vlm.config.vision import Vision
 from vlm.data.talk_batch import Reader, TalkForm
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
@@ -36,7 +37,7 @@ class Ready:
     settings: schema.Data  # how texts reach it
     writes: bool  # was it trained to?
     batch_size: int = 32  # pictures that it takes at a time
-    vision: schema.Vision | None = None  # which encoder features of a run are of
+    vision: Vision | None = None  # which encoder features of a run are of
     reads: Reader | None = None  # how its Q-Former reads questions
     usage: Usage | None = None  # how the authors of a published model have it write
 
@@ -60,7 +61,7 @@ class Ready:
             name, words = usage.asked(question)
         form = TalkForm(
             self.tokenizer,
-            build.template(name),
+            build_data.template(name),
             self.model.image_tokens,
             data.max_tokens,
             data.turns,
@@ -175,7 +176,7 @@ def restore(folder: Path, device: torch.device | None = None) -> Trained:
     chosen = checkpoint.whole(folder, checkpoint.BEST)
     run = load(schema.Run, folder / CONFIG)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    reads = build.reader(run, tokenizer, folder / READER)
+    reads = build_data.reader(run, tokenizer, folder / READER)
     model = build.model(run, tokenizer, reads)
     initialise(model, run, folder)
     step = checkpoint.load_weights(chosen, model, sourced_parts(run))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm import build
+from vlm import build, build_data
 from vlm.config.load import load
 from vlm.config.schema import BpeTokenizer, ChatData, ClipTokenizer, FileTokenizer, PublishedTokenizer, Run
 from vlm.data.talk_batch import Reader
@@ -22,7 +22,7 @@ def test_it_loads_and_builds_on_the_meta_device(path: Path, monkeypatch: pytest.
     monkeypatch.chdir(ROOT)
     run = load(Run, path, [])
     remote = isinstance(run.tokenizer, PublishedTokenizer | FileTokenizer)
-    words = WORDS if remote else build.tokenizer(run.tokenizer, ["a red square"])
+    words = WORDS if remote else build_data.tokenizer(run.tokenizer, ["a red square"])
     with torch.device("meta"):
         asks = isinstance(run.data, ChatData) and run.data.instruction is not None
         model = build.model(run, words, Reader(words, 16) if asks else None)

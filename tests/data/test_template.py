@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from vlm import build
+from vlm import build_data
 from vlm.config.pictures import Published
 from vlm.config.pictures import Template as Setting
 from vlm.data.talk import Talk, Turn, ask
@@ -77,9 +77,9 @@ def test_settings_are_the_same() -> None:
     assert set(get_args(Published)) == set(TEMPLATES)
     read = TypeAdapter(Setting)
     own: dict[str, Any] = {"user": "Q: {image}{text}\n", "answer": "A: {text}", "end": "\n", "stop": ["Q:"]}
-    made = build.template(read.validate_python(own))
+    made = build_data.template(read.validate_python(own))
     assert made == Template(user="Q: {image}{text}\n", answer="A: {text}", end="\n", stop=("Q:",))
-    assert build.template(read.validate_python("plain")) is TEMPLATES["plain"]
+    assert build_data.template(read.validate_python("plain")) is TEMPLATES["plain"]
     with pytest.raises(ValidationError, match="did you mean 'vicuna_v1'"):
         read.validate_python("vicuna_v2")
     with pytest.raises(ValidationError, match="extra_forbidden"):

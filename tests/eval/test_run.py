@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import COLOURS, pack, picture, squares, tiny_run
-from vlm import build
+from vlm import build_data
 from vlm.data.image import decode
 from vlm.data.shards import Shards
 from vlm.eval import run as run_module
@@ -70,7 +70,7 @@ def test_re_ranking_asks_what_was_trained(folder: Path) -> None:
     trained = restore(folder / "qformer")
     model, tokenizer = trained.model, trained.tokenizer
     source = Shards(str(folder / "test.tar"))
-    loader = build.evaluation_loader(trained.data, source, model.vision.transform, tokenizer, trained.batch_size)
+    loader = build_data.evaluation_loader(trained.data, source, model.vision.transform, tokenizer, trained.batch_size)
     features = extract(model, loader, keep_tokens=True)
     image, text = torch.cartesian_prod(torch.arange(8), torch.arange(8)).unbind(1)
     (batch,) = loader.once()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import COLOURS, ITC, LANGUAGE, LM, QFORMER, VISION, Made, picture, read, records, write_config
-from vlm import build
+from vlm import build_data
 from vlm.config.load import ConfigError
 from vlm.config.schema import Run
 from vlm.data.batch import Batch
@@ -82,9 +82,9 @@ def test_it_learns_from_both_pictures(tmp_path: Path) -> None:
     (found,) = (line for line in records(tmp_path / "out") if "val/loss_lm" in line)
     assert found["val/loss_lm"] < 0.3 and found["val/vision_gap"] > 0.3
     trained = restore(tmp_path / "out")
-    form = build.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens)
+    form = build_data.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens)
     assert form is not None
-    source = build.shards(trained.run.pictures, trained.run.pictures.train)
+    source = build_data.shards(trained.run.pictures, trained.run.pictures.train)
     asked, images = [], []
     for index in (0, 1, 3, 4):
         raw = source.raw(index)
@@ -117,11 +117,11 @@ def test_an_instruction_goes_to_the_qformer(tmp_path: Path) -> None:
     assert (tmp_path / "out" / READER).is_file()
     trained = restore(tmp_path / "out")
     assert trained.reads is not None and trained.model.connector.text.max_tokens == 4
-    form = build.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens, trained.reads)
+    form = build_data.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens, trained.reads)
     assert form is not None
-    loader = build.training_loader(
+    loader = build_data.training_loader(
         trained.run,
-        build.shards(trained.run.pictures, trained.run.pictures.train),
+        build_data.shards(trained.run.pictures, trained.run.pictures.train),
         trained.model.vision.transform,
         trained.tokenizer,
         trained.model.image_tokens,
@@ -144,7 +144,7 @@ def test_a_question_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
         caption(tmp_path / "out", [photo], json=True, question=question, max_new=6)
         said.append(json.loads(capsys.readouterr().out)["caption"])
     trained = restore(tmp_path / "out")
-    form = build.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens)
+    form = build_data.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens)
     image = trained.model.vision.transform(decode(Path(photo).read_bytes()))[None]
     questions = [ask("what?"), ask("who is in this picture?"), ask("")]
     assert form is not None
@@ -156,7 +156,7 @@ def test_no_picture_leaves_no_part_out(tmp_path: Path, kind: str) -> None:
     """A batch of text alone: its loss is that of the text, and the parts that look have gradients of zero."""
     reads: dict[str, Any] = {} if kind == "mlp" else {"connector": QFORMER, "instruction": {"max_tokens": 6}}
     made = Made(run(tmp_path, **reads))
-    form = build.talk_form(made.run, made.tokenizer, made.model.image_tokens)
+    form = build_data.talk_form(made.run, made.tokenizer, made.model.image_tokens)
     assert form is not None
     raws = [made.shards.raw(index) for index in (3, 7)]
     batch = collate_talks([form.sample(raw, made.model.vision.transform.read) for raw in raws], form, (32, 32))

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from vlm import build
+from vlm import build_data
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
@@ -47,7 +47,7 @@ def check(
     data = schema.PairData(train=list(shards)) if run is None else run.pictures
     given = {"image": image, "caption": caption, "max_bad_fraction": max_bad_fraction, "max_tokens": max_tokens}
     data = data.model_copy(update={name: value for name, value in given.items() if value is not None})
-    files = find_shards(shards, build.shard_cache(data))
+    files = find_shards(shards, build_data.shard_cache(data))
     patience = Patience(min_side, text=_limit(run, config, data, tokenizer, shards))
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -71,13 +71,13 @@ def read_tokenizer(run: schema.Run, config: Path, shards: Sequence[str]) -> Toke
     if config.is_dir():
         return load_tokenizer(config / TOKENIZER)
     data = run.pictures.model_copy(update={"max_bad_fraction": 1.0})
-    captions = build.shards(data, list(shards)).captions() if run.tokenizer.kind == "bpe" else ()
-    return build.tokenizer(run.tokenizer, captions)
+    captions = build_data.shards(data, list(shards)).captions() if run.tokenizer.kind == "bpe" else ()
+    return build_data.tokenizer(run.tokenizer, captions)
 
 
 def any_shards(data: PictureData, shards: Sequence[str]) -> Pictures:
     """An index that any share of unusable samples may stand beside."""
-    return build.shards(data.model_copy(update={"max_bad_fraction": 1.0}), list(shards))
+    return build_data.shards(data.model_copy(update={"max_bad_fraction": 1.0}), list(shards))
 
 
 def _limit(
@@ -96,7 +96,7 @@ def _limit(
     if run is None:
         return TextLimit(own, data.max_tokens)
     run = run.model_copy(update={"data": data})
-    return TextLimit(own, data.max_tokens, build.caption_template(run), build.talk_form(run, own, 0))
+    return TextLimit(own, data.max_tokens, build_data.caption_template(run), build_data.talk_form(run, own, 0))
 
 
 def as_json(report: Report, healthy: bool, limit: float) -> str:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm import build
+from vlm import build, build_data
 from vlm.config import schema
 from vlm.data.batch import Batch, Text, collate
 from vlm.data.image import BadSample, ImageTransform, decode
@@ -68,10 +68,10 @@ def _captions(shown: _Shown) -> str:
 
 def _tokens(run: schema.Run, tokenizer: Tokenizer, image_tokens: int, reply_start: int | None, shown: _Shown) -> str:
     """The text as the model reads it; of a conversation, also what the Q-Former reads."""
-    raw, form = shown.raw, build.talk_form(run, tokenizer, image_tokens, reply_start)
+    raw, form = shown.raw, build_data.talk_form(run, tokenizer, image_tokens, reply_start)
     if form is None:
         first = Sample(raw.key, raw.id, shown.pixels[0], raw.captions[:1])
-        template, longest = build.caption_template(run), run.pictures.max_tokens
+        template, longest = build_data.caption_template(run), run.pictures.max_tokens
         return as_text(collate([first], tokenizer, longest, template, image_tokens, reply_start), tokenizer)
     left = iter(shown.pixels)
     try:

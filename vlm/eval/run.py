@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm import build
+from vlm import build_data
 from vlm.config.schema import ChatData
 from vlm.data.image import BadSample, decode
 from vlm.data.sources import Source
@@ -45,11 +45,11 @@ def retrieval(trained: Ready, shards: Sequence[str], caption: str | None = None,
     if model.contrast is None:
         raise ValueError(f"{trained.name} was trained without itc, so it cannot rank images and texts")
     data = trained.data
-    source = build.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
+    source = build_data.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
     if isinstance(source, Source):
         print(source.about, file=sys.stderr)
-    transform = build.transform(trained.vision, model, source)
-    loader = build.evaluation_loader(data, source, transform, trained.tokenizer, trained.batch_size)
+    transform = build_data.transform(trained.vision, model, source)
+    loader = build_data.evaluation_loader(data, source, transform, trained.tokenizer, trained.batch_size)
     features = extract(model, loader, keep_tokens=model.match is not None)
     arguments = (features.image, features.text, features.image_ids, features.text_ids)
     found: dict[str, Any] = {"itc": summarize(rank_counts(*arguments))}
@@ -171,7 +171,7 @@ def captions(
         if isinstance(data, ChatData):
             form, words, stop = trained.form(question)
             return answer(model, form, [ask(words, 1)] * len(images), images, decoding, generator, stop)
-        template = build.template(data.template)
+        template = build_data.template(data.template)
         return describe(model, trained.tokenizer, images, template, data.max_tokens, decoding, generator)
 
 

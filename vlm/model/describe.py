@@ -102,9 +102,9 @@ def answer(
 ) -> list[str]:
     """The answer to the last question of each talk, with its line breaks; the talks may be of any length.
 
-    `form`: as in training (`vlm.build.talk_form`). `images`: of all talks in order, as they show them; None: they show
-    none. What is answered does not depend on which talks are answered together. ValueError: other than K images shown,
-    a talk that ends with an answer.
+    `form`: as in training (`vlm.build_data.talk_form`). `images`: of all talks in order, as they show them; None: none.
+    What is answered does not depend on which talks are answered together. ValueError: other than K images shown, a talk
+    that ends with an answer.
     """
     start = _asked(model, form, talks, images)
     end = _end(form.tokenizer, form.template, model, stop)

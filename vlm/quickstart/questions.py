@@ -4,7 +4,8 @@ import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vlm.data.text import Encoded, Tokenizer, encode_prompt
+from vlm.data.encode import encode_prompt
+from vlm.data.text import Encoded, Tokenizer
 
 NAME, CATEGORY = "What is shown in this picture?", "Which category does this belong to?"
 FIRST, LATER = "{{image}}\n{question}\n{{text}}", "\n{question}\n{{text}}"

@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm import build
+from vlm import build, build_data
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.data.features import SUFFIX, FeatureDtype, FeatureInfo, FeatureShards
@@ -53,10 +53,10 @@ def features(
     data, vision = run.pairs, run.model.vision
     assert vision is not None
     _refuse(run)
-    specs: dict[str, build.Spec] = {"train": data.train} | ({} if data.val is None else {"val": data.val})
+    specs: dict[str, build_data.Spec] = {"train": data.train} | ({} if data.val is None else {"val": data.val})
     for name in specs:
         check_out(out / name, overwrite)
-    sources = {name: build.shards(data, spec) for name, spec in specs.items()}
+    sources = {name: build_data.shards(data, spec) for name, spec in specs.items()}
     if finished := [name for name, source in sources.items() if isinstance(source, FeatureShards)]:
         raise ValueError(f"data.{finished[0]}: holds features already; name the pictures")
     if isinstance(sources["train"], Mixture):
@@ -132,7 +132,7 @@ class _Maker:
     def __init__(self, model: VisionLanguageModel, run: schema.Run, dtype: FeatureDtype) -> None:
         assert run.model.vision is not None and model.vision is not None
         self.vision, self.device = model.vision, next(model.parameters()).device
-        self.info = build.feature_info(run.model.vision, model.vision, dtype)
+        self.info = build_data.feature_info(run.model.vision, model.vision, dtype)
         self.precision = build.precision(run, self.device)
 
     @torch.no_grad()

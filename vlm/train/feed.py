@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import assert_never
 
-from vlm import build
+from vlm import build_data
 from vlm.config import schema
 from vlm.data.batch import Batch, Text
 from vlm.data.documents import Documents
@@ -83,15 +83,15 @@ class PictureFeed:
     def open(self, model: VisionLanguageModel, tokenizer: Tokenizer, folder: Path) -> tuple[Train, Once | None]:
         """Augmented batches for training; the validation data as it is."""
         wanted = model.image_tokens, model.reply_start
-        transform = build.transform(self._run.model.vision, model, self._shards)
-        self._loader = build.training_loader(self._run, self._shards, transform, tokenizer, *wanted)
+        transform = build_data.transform(self._run.model.vision, model, self._shards)
+        self._loader = build_data.training_loader(self._run, self._shards, transform, tokenizer, *wanted)
         once = None
         if self._data.val is not None:
             val = _opened(self._data, self._data.val)
-            seen_as = build.transform(self._run.model.vision, model, val)
+            seen_as = build_data.transform(self._run.model.vision, model, val)
             size = self._run.train.batch_size
-            talks = build.talk_form(self._run, tokenizer, *wanted)
-            once = build.evaluation_loader(self._data, val, seen_as, tokenizer, size, *wanted, talks).once
+            talks = build_data.talk_form(self._run, tokenizer, *wanted)
+            once = build_data.evaluation_loader(self._data, val, seen_as, tokenizer, size, *wanted, talks).once
         return self._loader.train, once
 
     def left_out(self) -> Counter[str]:
@@ -103,9 +103,9 @@ class PictureFeed:
         return Counter() if self._loader is None else self._loader.bad
 
 
-def _opened(data: schema.PairData | schema.ChatData, spec: build.Spec) -> Pictures:
+def _opened(data: schema.PairData | schema.ChatData, spec: build_data.Spec) -> Pictures:
     """The pictures, with a word on how a source that is no shard was understood."""
-    pictures = build.shards(data, spec)
+    pictures = build_data.shards(data, spec)
     for source in pictures.sources if isinstance(pictures, Mixture) else [pictures]:
         if isinstance(source, Source):
             note(source.about)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm import build, checkpoint
+from vlm import build_data, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import dump, load
@@ -86,7 +86,7 @@ def prepare(out: Path, run: schema.Run, tokenizer: Tokenizer, fresh: bool) -> No
             _clear(out)
         tokenizer.save(out / f".{TOKENIZER}.tmp")
         os.replace(out / f".{TOKENIZER}.tmp", out / TOKENIZER)
-        if (reads := build.reader(run, tokenizer)) is not None:
+        if (reads := build_data.reader(run, tokenizer)) is not None:
             reads.tokenizer.save(out / READER)
     draft = out / f".{CONFIG}.tmp"
     draft.write_text(dump(run), encoding="utf-8")

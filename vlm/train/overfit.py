@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm import build
+from vlm import build_data
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.nn.backend import best_device
@@ -31,7 +31,7 @@ def overfit(config: Path, overrides: Sequence[str], out: Path, count: int) -> bo
     run = relative_init(_few(given, count), out)
     data = feed(run)
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = build.tokenizer(run.tokenizer, data.captions())
+        tokenizer = build_data.tokenizer(run.tokenizer, data.captions())
         job = Job(run, out, data, tokenizer, False, World(best_device()), Path(scratch))
         learned, text = _learn(job)
     print(f"overfit: {text}")

@@ -13,7 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from vlm import build, checkpoint
+from vlm import build, build_data, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.language import MoeFfn, TransformerLanguage
@@ -107,7 +107,7 @@ def check_processes(train: schema.Train, count: int) -> None:
 
 def _tokenizer(run: schema.Run, data: Feed, world: World) -> Tokenizer:
     """Learned by one process, if it is to be learned, and equal in all."""
-    own = build.tokenizer(run.tokenizer, data.captions()) if world.first else None
+    own = build_data.tokenizer(run.tokenizer, data.captions()) if world.first else None
     if world.size == 1:
         assert own is not None
         return own
@@ -290,7 +290,7 @@ def speech(run: schema.Run, tokenizer: Tokenizer) -> Speech | None:
     """How the model writes captions; None where it learns to write none."""
     if not isinstance(run.data, schema.PairData) or not any(isinstance(loss, schema.LmLoss) for loss in run.losses):
         return None
-    return Speech(tokenizer, build.template(run.data.template), run.data.max_tokens)
+    return Speech(tokenizer, build_data.template(run.data.template), run.data.max_tokens)
 
 
 def render(lines: Sequence[Line]) -> str:

@@ -55,8 +55,3 @@ def test_a_wrong_option_would_be_noticed() -> None:
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert links and all((ROOT / link).exists() for link in links if "://" not in link)
-
-
-def test_every_config_has_a_row() -> None:
-    for path in sorted((ROOT / "configs").rglob("*.yaml")):
-        assert str(path.relative_to(ROOT)) in TEXT, f"README.md does not name {path.relative_to(ROOT)}"

@@ -36,7 +36,9 @@ class Settings(Mapping[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The setting, or `default` where neither the file nor the family says it."""
-        return self[name] if name in self else default
+        if name not in self:
+            return default
+        return self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self.defaults, **self.given})

@@ -30,7 +30,7 @@ from vlm.model.huggingface import huggingface_language
 from vlm.model.language import Decoder, Language, LearnedPositions
 from vlm.model.lora import Lora, about, add_lora
 from vlm.model.published import load as published
-from vlm.model.qformer import QFormer, TextBranch
+from vlm.model.qformer import QFormer, TextBranch, bert_transform
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
 from vlm.model.vlm import VisionLanguageModel
@@ -119,7 +119,7 @@ def connector(
         case schema.PoolConnector():
             return FirstToken(vision.dim)
         case schema.QFormerConnector():
-            text = TextBranch(vocabulary, settings.dim, max_tokens) if settings.text else None
+            text = _text_branch(settings, vocabulary, max_tokens) if settings.text else None
             return QFormer(
                 image_dim=vision.dim,
                 dim=settings.dim,
@@ -135,6 +135,18 @@ def connector(
             )
         case _:
             assert_never(settings)
+
+
+def _text_branch(settings: schema.QFormerConnector, vocabulary: int, max_tokens: int) -> TextBranch:
+    match settings.text_head:
+        case "linear":
+            return TextBranch(vocabulary, settings.dim, max_tokens)
+        case "bert":
+            return TextBranch(vocabulary, settings.dim, max_tokens, bert_transform(settings.dim), "tied")
+        case "none":
+            return TextBranch(vocabulary, settings.dim, max_tokens, head="none")
+        case _:
+            assert_never(settings.text_head)
 
 
 def text_encoder(settings: schema.TextTower, vocabulary: int, max_tokens: int) -> TextEncoder:

@@ -50,7 +50,10 @@ class QFormerConnector(Section):
     heads: Positive = 12
     hidden: Positive | None = Field(None, description="width inside the FFN; 4 dim unless given")
     cross_every: Positive = Field(2, description="cross-attention in every k-th block")
-    text: bool = Field(True, description="text branch: stage 1 needs it, stage 2 does not")
+    text: bool = Field(True, description="text branch: stage 1 needs it, stage 2 does not, InstructBLIP reads with it")
+    text_head: Literal["linear", "bert", "none"] = Field(
+        "linear", description="what writes: a layer; BERT's, tied to the embedding; none in a branch that only reads"
+    )
     dropout: BelowOne = 0.1
 
 
@@ -349,6 +352,8 @@ def _pair_misfits(model: Model, kinds: Sequence[str], data: str) -> list[str]:
         problems.append("losses: itm needs model.connector.kind=qformer with text=true")
     if "itm" in kinds and "itc" not in kinds:
         problems.append("losses: itm draws its hard negatives by itc, which is not among the losses")
+    if "lm" in kinds and model.language is None and qformer is not None and reads and qformer.text_head == "none":
+        problems.append("losses: lm is written by the Q-Former, which has model.connector.text_head=none")
     if "lm" in kinds and model.language is None and not reads:
         problems.append("losses: lm needs model.language, or model.connector.kind=qformer with text=true")
     if model.language is not None and isinstance(model.connector, PoolConnector):

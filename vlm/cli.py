@@ -167,9 +167,14 @@ def models(json: bool) -> None:
 
     Their configs, whose files of weights are read, and what each was proven equal to.
     """
-    from vlm.models import as_json, as_text
+    from rich import print as show
 
-    click.echo(dumps(as_json(), indent=1) if json else as_text())
+    from vlm.models import as_json, as_table
+
+    if json:
+        click.echo(dumps(as_json(), indent=1))
+    else:
+        show(as_table())
 
 
 app.add_command(shards)

@@ -5,6 +5,8 @@
 
 from typing import NamedTuple
 
+from rich.table import Table
+
 
 class System(NamedTuple):
     """A published system; `configs`: without folder and ending, starred where configs/tiny has a small twin.
@@ -126,11 +128,12 @@ def markdown() -> str:
     return "\n".join(f"| {' | '.join(cells).replace('(*', '(' + chr(92) + '*')} |" for cells in lines)
 
 
-def as_text() -> str:
-    """In columns."""
-    lines = [HEADER, *rows()]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(HEADER))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)
+def as_table() -> Table:
+    """For a terminal of any width."""
+    table = Table(*HEADER, box=None, pad_edge=False, header_style="bold")
+    for row in rows():
+        table.add_row(*row)
+    return table
 
 
 def as_json() -> list[dict[str, object]]:

@@ -205,6 +205,14 @@ def test_rate_rises_then_falls(steps: int, data: st.DataObject) -> None:
     assert all(0 < value <= 1 for value in rates)
 
 
+def test_what_learns_is_not_kept_in_half_precision() -> None:
+    model = nn.ModuleDict({"language": nn.Linear(2, 2).bfloat16(), "connector": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"^model\.language\.dtype: for weights that do not learn"):
+        assign(model, [Rule(".*", 1e-3, 0.0)])
+    learns = assign(model, [Rule("language.*", None, 0.0), Rule(".*", 1e-3, 0.0)])
+    assert set(learns) == {"connector.weight", "connector.bias"}
+
+
 def test_other_curves_and_drops_by_hand() -> None:
     linear = Schedule(warmup=2, final=0.2, curve="linear")
     assert [linear(step, 10) for step in (2, 6, 10)] == pytest.approx([1.0, 0.6, 0.2])

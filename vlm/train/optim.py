@@ -57,6 +57,7 @@ def assign(model: nn.Module, rules: Sequence[Rule], frozen_parts: Sequence[str] 
     decided = {
         name: rules[i] for name, i in owner.items() if i is not None and rules[i].lr is not None and name not in asleep
     }
+    problems += _coarse(model, decided)
     if not problems:
         problems = _nothing(owner, decided)
     if problems:
@@ -89,6 +90,13 @@ def _nothing(owner: Mapping[str, int | None], decided: Mapping[str, Rule]) -> li
         remedy = "put {match: '.*lora_.*', lr: …} before what freezes them"
         return [f"train.params: no adapter of model.lora has a rate; {remedy}"]
     return []
+
+
+def _coarse(model: nn.Module, decided: Mapping[str, Rule]) -> list[str]:
+    """Learning in half precision loses small steps; what learns is kept in fp32 and computed as train.precision says."""
+    half = [n for n, p in model.named_parameters() if n in decided and p.dtype in (torch.bfloat16, torch.float16)]
+    parts = sorted({name.split(".")[0] for name in half})
+    return [f"model.{part}.dtype: for weights that do not learn, and train.params gives some a rate" for part in parts]
 
 
 def _unmatched(owner: Mapping[str, int | None], asleep: Collection[str]) -> list[str]:

@@ -93,7 +93,7 @@ def _nothing(owner: Mapping[str, int | None], decided: Mapping[str, Rule]) -> li
 
 
 def _coarse(model: nn.Module, decided: Mapping[str, Rule]) -> list[str]:
-    """Learning in half precision loses small steps; what learns is kept in fp32 and computed as train.precision says."""
+    """Half precision loses small steps; what learns is kept in fp32 and computed as train.precision says."""
     half = [n for n, p in model.named_parameters() if n in decided and p.dtype in (torch.bfloat16, torch.float16)]
     parts = sorted({name.split(".")[0] for name in half})
     return [f"model.{part}.dtype: for weights that do not learn, and train.params gives some a rate" for part in parts]

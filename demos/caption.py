@@ -24,7 +24,7 @@ def main(run: str, *pictures: str) -> None:
     sampled = Sampling(max_new=data.max_tokens, temperature=0.7, top_p=0.9)
     generator = torch.Generator().manual_seed(0)
     columns = [
-        describe(trained.model, trained.tokenizer, images, data.prompt, data.max_tokens, sampling, generator)
+        describe(trained.model, trained.tokenizer, images, data.template, data.max_tokens, sampling, generator)
         for sampling in (greedy, sampled, sampled, sampled)
     ]
     for picture, (caption, *others) in zip(pictures, zip(*columns, strict=True), strict=True):

@@ -63,7 +63,7 @@ def captions(trained: Trained, colours: list[str], decoding: Decoding) -> list[s
     transform = trained.model.vision.transform
     images = transform.normalize(torch.stack([transform.pixels(decode(picture(colour))) for colour in colours]))
     data = trained.run.pairs
-    return describe(trained.model, trained.tokenizer, images, data.prompt, data.max_tokens, decoding)
+    return describe(trained.model, trained.tokenizer, images, data.template, data.max_tokens, decoding)
 
 
 def test_a_frozen_one_is_not_stored(folders: dict[str, Path], tmp_path: Path) -> None:

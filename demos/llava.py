@@ -140,7 +140,7 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
         share = recall(model.connector, seen[:, 0], classes, model.language.embed(torch.tensor(list(words.values()))))
         note(f"of pictures left out, {share:.1f} % are known by the others")
         del stages["words"]
-        rules = [Rule("connector.layers.0.*", 1e-5, 0.0), Rule("connector.*", 2e-3, 0.0)]  # thousands of inputs: slowly
+        rules = [Rule("connector.layers.0.*", 1e-5, 0.0), Rule("connector.*", 7e-4, 0.0)]  # thousands of inputs: slowly
     for number, (name, texts) in enumerate(stages.items(), 5 - len(stages)):
         note(f"[{number}/5] train the connector: {name}")
         size = 128 if name == "words" else s["batch"]

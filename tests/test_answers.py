@@ -40,7 +40,7 @@ def test_answers_are_counted_beside_the_most_frequent() -> None:
     source = Shards([str(TEST)], id_field="hexcode")
     samples = [source.raw(i) for i in range(len(source))]
     names = [str(sample.fields["caption"]) for sample in samples]
-    figures = measure(samples, Answers(names[:-1] + ["?"], ["objects"] * len(samples)))
+    figures = measure(samples, Answers([*names[:-1], "?"], ["objects"] * len(samples)))
     assert figures["name"] == pytest.approx(100 * 502 / 503)
     assert figures["category"] == figures["majority_category"] == pytest.approx(22.5, abs=0.05)
 

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,7 +84,11 @@ def drawn(path: Path, shifts: list[int]) -> Path:
     """Squares of eight colours as the quickstart's records."""
     members = []
     for colour in COLOURS:
-        fields = {"caption": f"{colour} square", "group": "food-drink" if colour < "g" else "objects", "hexcode": colour}
+        fields = {
+            "caption": f"{colour} square",
+            "group": "food-drink" if colour < "g" else "objects",
+            "hexcode": colour,
+        }
         for shift in shifts:
             image, text = picture(colour, shift=shift), json.dumps(fields).encode()
             members += [(f"{colour}{shift}.png", image), (f"{colour}{shift}.json", text)]
@@ -133,7 +136,15 @@ def test_llava(tmp_path: Path, connector: str, capsys: pytest.CaptureFixture[str
         (["new", "--connector", "mpl"], "invalid choice: 'mpl'"),
     ],
 )
-def test_llava_refuses(tmp_path: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, str(DEMOS / "llava.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and message in done.stderr
+def test_llava_refuses(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["llava.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(DEMOS / "llava.py"), run_name="__main__")
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -13,7 +13,10 @@ WORDS = torch.randn(7, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0
 
 
 def test_by_hand() -> None:
-    soft, target = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([[0, 1, 2], [6, 6, 3]])
+    soft, target = (
+        torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([[0, 1, 2], [6, 6, 3]]),
+    )
     middle = WORDS.mean(0)
     choice = 0.0
     for b in range(2):

@@ -98,7 +98,8 @@ def _reorder(name: str, x: Tensor, heads: int, kv_heads: int, halves: bool) -> T
     if not count:
         return x
     inner = (-1, 2) if halves else (2, -1)
-    return x.unflatten(0, (count, -1)).unflatten(1, inner).transpose(1, 2).flatten(0, 2).contiguous()
+    rows: Tensor = x.unflatten(0, (count, -1)).unflatten(1, inner).transpose(1, 2).flatten(0, 2)
+    return rows.contiguous()
 
 
 def _read(path: Path, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:

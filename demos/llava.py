@@ -122,8 +122,9 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
 
     note("[1/5] load the encoder and the language model, both frozen; encode every picture in several random views")
     model, tokenizer = parts(connector, len(names), s)
-    model.vision.centre(torch.stack([model.vision.transform(decode(x.image)) for x in pictures]))
-    seen, asked = features(model.vision, pictures, s["views"]), features(model.vision, test, 1)
+    seen = features(model.vision, pictures, s["views"])
+    model.vision.centre(seen)
+    asked = features(model.vision, test, 1)
 
     # What each of the connector's tokens should say of a picture, in the words of the language model.
     words = {id: cycled(tokenizer.encode(name), s["tokens"]) for id, name in names.items()}
@@ -140,7 +141,7 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
         share = recall(model.connector, seen[:, 0], classes, model.language.embed(torch.tensor(list(words.values()))))
         note(f"of pictures left out, {share:.1f} % are known by the others")
         del stages["words"]
-        rules = [Rule("connector.layers.0.*", 1e-5, 0.0), Rule("connector.*", 7e-4, 0.0)]  # thousands of inputs: slowly
+        rules = [Rule("connector.layers.0.*", 1e-5, 0.0), Rule("connector.*", 1e-3, 0.0)]  # thousands of inputs: slowly
     for number, (name, texts) in enumerate(stages.items(), 5 - len(stages)):
         note(f"[{number}/5] train the connector: {name}")
         size = 128 if name == "words" else s["batch"]

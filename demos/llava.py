@@ -41,7 +41,7 @@ from vlm.train.loop import Plan, fit
 from vlm.train.optim import Rule, assign, make_optimizer
 from vlm.train.parallel import Passes
 from vlm.train.task import Lm, Objective, Task
-from vlm.train.words import Words, cycled
+from vlm.train.words import Words, filled
 
 SETTINGS = {"size": 192, "side": 2, "views": 6, "tokens": 4, "batch": 16}
 SETTINGS |= {"words": 600, "captions": 450, "questions": 350}  # steps of the stages
@@ -110,7 +110,8 @@ def train(
 def ask(model: VisionLanguageModel, tokenizer: Tokenizer, seen: Tensor, question: str) -> list[str]:
     """One question about every picture, answered greedily."""
     given = seen[:, 0].split(64)
-    return [x for part in given for x in describe(model, tokenizer, part, template(question), LONGEST, Sampling(12))]
+    form, how = template(question), Sampling(max_new=12)
+    return [x for part in given for x in describe(model, tokenizer, part, form, LONGEST, how, stop=["\n"])]
 
 
 def main(out: Path, connector: str, s: dict[str, int]) -> None:
@@ -127,7 +128,8 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
     asked = features(model.vision, test, 1)
 
     # What each of the connector's tokens should say of a picture, in the words of the language model.
-    words = {id: cycled(tokenizer.encode(name), s["tokens"]) for id, name in names.items()}
+    [line] = tokenizer.encode("\n")
+    words = {id: filled(tokenizer.encode(f" {name}"), s["tokens"], line) for id, name in names.items()}
     stages = {
         "words": lambda x, _: Encoded(words[x.id], words[x.id]),
         "captions": lambda x, _: encode_prompt(tokenizer, CAPTION, names[x.id], s["tokens"], LONGEST),

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from vlm.loss.words import chance, word_logits, word_loss
-from vlm.train.words import cycled
+from vlm.train.words import filled
 
 WORDS = torch.randn(7, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.3
 
@@ -48,4 +48,4 @@ def test_chance_is_what_the_middle_gives() -> None:
 
 
 def test_names_fill_all_tokens() -> None:
-    assert cycled([5, 8], 5) == [5, 8, 5, 8, 5] and cycled([1, 2, 3], 2) == [1, 2]
+    assert filled([5, 8], 4, 0) == [5, 8, 0, 0] and filled([1, 2, 3], 2, 0) == [1, 2]

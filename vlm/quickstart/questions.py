@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from vlm.data.text import Encoded, Tokenizer, encode_prompt
 
 NAME, CATEGORY = "What is shown in this picture?", "Which category does this belong to?"
-FIRST, LATER = "{{image}}\n{question}\n{{text}}", "\n{question}\n{{text}}"
-CAPTION = "{image}\n{text}"  # a picture and its name, no question: LLaVA's first stage
+# A language model repeats what follows the same words: shown the words of a name in the place of the picture, SmolLM2-135M
+# gives 83 % of names back under the caption's form before anything has learned, and none after a bare question.
+CAPTION = "a picture of{image}\na picture of {text}"
+FORMS = {NAME: "\n{question}\na picture of {{text}}", CATEGORY: "\n{question}\na kind of {{text}}"}
 LONGEST = 48  # tokens of a text, without the picture's
 
 
@@ -34,7 +36,7 @@ def turns(fields: Mapping[str, Any], chooser: random.Random) -> list[Turn]:
 
 def template(question: str) -> str:
     """What `describe` takes to ask one question about a picture."""
-    return FIRST.format(question=question)
+    return "a picture of{image}" + FORMS[question].format(question=question)
 
 
 def conversation(tokenizer: Tokenizer, asked: list[Turn], image_tokens: int) -> Encoded:
@@ -42,8 +44,8 @@ def conversation(tokenizer: Tokenizer, asked: list[Turn], image_tokens: int) -> 
     ids: list[int] = []
     labels: list[int] = []
     for question, answer in asked:
-        form = LATER if ids else FIRST
-        turn = encode_prompt(tokenizer, form.format(question=question), answer, image_tokens, LONGEST)
+        form = FORMS[question].format(question=question) if ids else template(question)
+        turn = encode_prompt(tokenizer, form, answer, image_tokens, LONGEST)
         start = 1 if ids else 0  # a conversation begins once
         ids, labels = ids + turn.ids[start:], labels + turn.labels[start:]
     return Encoded(ids, labels)

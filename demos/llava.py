@@ -41,7 +41,7 @@ from vlm.train.loop import Plan, fit
 from vlm.train.optim import Rule, assign, make_optimizer
 from vlm.train.parallel import Passes
 from vlm.train.task import Lm, Objective, Task
-from vlm.train.words import Words, cycled
+from vlm.train.words import Words, filled
 
 SETTINGS = {"size": 192, "side": 2, "views": 6, "tokens": 4, "batch": 16}
 SETTINGS |= {"words": 600, "captions": 450, "questions": 350}  # steps of the stages
@@ -110,7 +110,8 @@ def train(
 def ask(model: VisionLanguageModel, tokenizer: Tokenizer, seen: Tensor, question: str) -> list[str]:
     """One question about every picture, answered greedily."""
     given = seen[:, 0].split(64)
-    return [x for part in given for x in describe(model, tokenizer, part, template(question), LONGEST, Sampling(12))]
+    form, how = template(question), Sampling(max_new=12)
+    return [x for part in given for x in describe(model, tokenizer, part, form, LONGEST, how, stop=["\n"])]
 
 
 def main(out: Path, connector: str, s: dict[str, int]) -> None:
@@ -122,11 +123,13 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
 
     note("[1/5] load the encoder and the language model, both frozen; encode every picture in several random views")
     model, tokenizer = parts(connector, len(names), s)
-    model.vision.centre(torch.stack([model.vision.transform(decode(x.image)) for x in pictures]))
-    seen, asked = features(model.vision, pictures, s["views"]), features(model.vision, test, 1)
+    seen = features(model.vision, pictures, s["views"])
+    model.vision.centre(seen)
+    asked = features(model.vision, test, 1)
 
     # What each of the connector's tokens should say of a picture, in the words of the language model.
-    words = {id: cycled(tokenizer.encode(name), s["tokens"]) for id, name in names.items()}
+    line = tokenizer.encode("\n")[-1]
+    words = {id: filled(tokenizer.encode(f" {name}"), s["tokens"], line) for id, name in names.items()}
     stages = {
         "words": lambda x, _: Encoded(words[x.id], words[x.id]),
         "captions": lambda x, _: encode_prompt(tokenizer, CAPTION, names[x.id], s["tokens"], LONGEST),
@@ -140,7 +143,7 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
         share = recall(model.connector, seen[:, 0], classes, model.language.embed(torch.tensor(list(words.values()))))
         note(f"of pictures left out, {share:.1f} % are known by the others")
         del stages["words"]
-        rules = [Rule("connector.layers.0.*", 1e-5, 0.0), Rule("connector.*", 2e-3, 0.0)]  # thousands of inputs: slowly
+        rules = [Rule("connector.layers.0.*", 1e-5, 0.0), Rule("connector.*", 1e-3, 0.0)]  # thousands of inputs: slowly
     for number, (name, texts) in enumerate(stages.items(), 5 - len(stages)):
         note(f"[{number}/5] train the connector: {name}")
         size = 128 if name == "words" else s["batch"]

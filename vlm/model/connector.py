@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlm.nn.attention import CrossAttention
-from vlm.nn.norm import RMSNorm
 
 
 class MlpConnector(nn.Module):
@@ -47,7 +46,7 @@ class PrefixConnector(MlpConnector):
     ) -> None:
         """`image_tokens` come in, `tokens` go out; `hidden` is `dim` unless given."""
         super().__init__(image_tokens * image_dim, tokens * dim, tokens, depth, dim if hidden is None else hidden)
-        self.dim, self.norm = dim, RMSNorm(dim, eps=1e-6)
+        self.dim, self.norm = dim, nn.LayerNorm(dim)
 
     def vector(self, image: Float[Tensor, "B N C"]) -> Float[Tensor, "B V"]:
         """The whole picture, as the first layer takes it."""

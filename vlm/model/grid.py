@@ -39,7 +39,8 @@ class GridEncoder(nn.Module):
         return functional.adaptive_avg_pool2d(grid, self.side).flatten(2).transpose(1, 2) - self.mean
 
     @torch.no_grad()
-    def centre(self, images: Float[Tensor, "P 3 H W"]) -> None:
-        """From now on the mean of these pictures is zero."""
-        self.mean.zero_()
-        self.mean.copy_(torch.cat([self(part) for part in images.split(32)]).mean((0, 1)))
+    def centre(self, cells: Float[Tensor, "*P S C"]) -> None:
+        """From now on the mean of these cells, which this encoder gave before, is zero; they are changed in place."""
+        mean = cells.flatten(0, -2).mean(0)
+        cells.sub_(mean)
+        self.mean.add_(mean)

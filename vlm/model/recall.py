@@ -50,9 +50,11 @@ def recall(
         raise ValueError("recall: pictures left out are not known by the others of their class: two of each are needed")
     first.weight.copy_(weights.T @ vectors * (SHARP / strength / size))
     first.bias.fill_(-SHARP * threshold)
-    # All classes that answer add up; the norm behind them makes of it what one word is long.
-    apart = values - values.mean((0, 1))
+    # All classes that answer add up; the norm behind them makes of it a step from the middle as long as to one word.
+    middle = values.mean((0, 1))
+    apart = values - middle
     last.weight.copy_(apart.flatten(1).T)
     last.bias.zero_()
     connector.norm.weight.fill_(float(apart.pow(2).mean().sqrt()))
+    connector.norm.bias.copy_(middle)
     return 100 * float((left_out.argmax(1) == classes).float().mean())

@@ -8,9 +8,11 @@ from vlm.data.encode import encode_prompt
 from vlm.data.text import Encoded, Tokenizer
 
 NAME, CATEGORY = "What is shown in this picture?", "Which category does this belong to?"
-FIRST, LATER = "{{image}}\n{question}\n{{text}}", "\n{question}\n{{text}}"
-CAPTION = "{image}\n{text}"  # a picture and its name, no question: LLaVA's first stage
-LONGEST = 48  # tokens of a text, without the picture's
+# A language model repeats what follows the same words. With the words of a name in the place of the picture, SmolLM2
+# gives 96 % of 24 names back under the form of NAME before anything is trained, and none after a bare question.
+CAPTION = "a picture of{image}\na picture of {text}"
+FORMS = {NAME: "\n{question}\na picture of {{text}}", CATEGORY: "\n{question}\na kind of {{text}}"}
+LONGEST = 128  # tokens of a text, without the picture's
 
 
 class Turn(NamedTuple):
@@ -35,7 +37,7 @@ def turns(fields: Mapping[str, Any], chooser: random.Random) -> list[Turn]:
 
 def template(question: str) -> str:
     """What `describe` takes to ask one question about a picture."""
-    return FIRST.format(question=question)
+    return "a picture of{image}" + FORMS[question].format(question=question)
 
 
 def conversation(tokenizer: Tokenizer, asked: list[Turn], image_tokens: int) -> Encoded:
@@ -43,8 +45,8 @@ def conversation(tokenizer: Tokenizer, asked: list[Turn], image_tokens: int) -> 
     ids: list[int] = []
     labels: list[int] = []
     for question, answer in asked:
-        form = LATER if ids else FIRST
-        turn = encode_prompt(tokenizer, form.format(question=question), answer, image_tokens, LONGEST)
+        form = FORMS[question].format(question=question) if ids else template(question)
+        turn = encode_prompt(tokenizer, form, answer, image_tokens, LONGEST)
         start = 1 if ids else 0  # a conversation begins once
         ids, labels = ids + turn.ids[start:], labels + turn.labels[start:]
     return Encoded(ids, labels)

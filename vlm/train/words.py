@@ -46,6 +46,6 @@ class Words:
         return words.word_loss(views.seen.soft.float(), said, target, self.label_smoothing)
 
 
-def cycled(ids: Sequence[int], length: int) -> list[int]:
-    """A name's tokens again and again, or as many of them as there is room for: no soft token is left without one."""
-    return [ids[i % len(ids)] for i in range(length)]
+def filled(ids: Sequence[int], length: int, after: int) -> list[int]:
+    """A name's tokens, then `after` (a line's end) for as long as there is room; or as many of them as there is."""
+    return [*ids, *[after] * length][:length]

@@ -12,7 +12,7 @@ from transformers import (
 from vlm.model.published.language import FAMILIES, language_part
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"deepseek"}))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"deepseek", "t5"}))
 def test_defaults_are_those_of_transformers(family: str) -> None:
     config = AutoConfig.for_model(family)
     for name, value in FAMILIES[family].defaults.items():
@@ -43,7 +43,7 @@ DEEPSEEK_16B = {
 }
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"deepseek"}))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"deepseek", "t5"}))
 def test_full_sizes_are_those_of_transformers(family: str) -> None:
     with torch.device("meta"):
         part = language_part({"model_type": family}, "config.json")

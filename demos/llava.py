@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vlm.data.augment import Augment
 from vlm.data.batch import Batch, pad
+from vlm.data.encode import encode_prompt
 from vlm.data.image import decode
 from vlm.data.shards import RawSample, Shards
-from vlm.data.text import Encoded, Tokenizer, encode_prompt
+from vlm.data.text import Encoded, Tokenizer
 from vlm.model.connector import PrefixConnector
 from vlm.model.describe import describe
 from vlm.model.generate import Sampling
@@ -38,7 +39,7 @@ from vlm.quickstart.questions import CAPTION, CATEGORY, LONGEST, NAME, conversat
 from vlm.quickstart.run import TEST, TRAIN
 from vlm.train.log import Log, note
 from vlm.train.loop import Plan, fit
-from vlm.train.optim import Rule, assign, make_optimizer
+from vlm.train.optim import Rule, Schedule, assign, make_optimizer
 from vlm.train.parallel import Passes
 from vlm.train.task import Lm, Objective, Task
 from vlm.train.words import Words, filled
@@ -103,7 +104,7 @@ def train(
     out.mkdir(parents=True)
     with Log(out, steps, out.name, 25, {objective.name: objective.chance(1, 1)}) as log:
         passes = Passes(task, torch.float32)  # of the connector; the frozen parts keep their own
-        fit(passes, data, optimizer, Plan(steps, warmup=steps // 20), log, save=lambda *_: None)
+        fit(passes, data, optimizer, Plan(steps, schedule=Schedule(steps // 20)), log, save=lambda *_: None)
 
 
 @torch.no_grad()

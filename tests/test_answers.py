@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from vlm.data.encode import encode_prompt
 from vlm.data.shards import Shards
-from vlm.data.text import encode_prompt, train_bpe
+from vlm.data.text import train_bpe
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 from vlm.quickstart.answers import Answers, measure, package_file
 from vlm.quickstart.questions import CATEGORY, LONGEST, NAME, Turn, category, conversation, template, turns

@@ -117,7 +117,7 @@ def test_mistakes_of_every_section_at_once(tmp_path: Path) -> None:
     overrides = ("model.connector.quries=8", "train.stps=5", "data.workers=many", "tokenizer.kind=word")
     assert mistakes(config(tmp_path), *overrides) == [
         "model.connector.quries: no such setting (did you mean 'queries'?)",
-        "tokenizer.kind: no kind 'word'; there are: file, clip, bpe",
+        "tokenizer.kind: no kind 'word'; there are: file, published, clip, bpe",
         "data.workers: expected a whole number, got 'many'",
         "train.stps: no such setting (did you mean 'steps'?)",
     ]

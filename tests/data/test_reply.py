@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from tests.data.shard_files import numbered, write
 from vlm.data.batch import collate, pad
+from vlm.data.encode import encode_prompt
 from vlm.data.image import ImageTransform
 from vlm.data.loader import Loader
 from vlm.data.reply import apart
 from vlm.data.shards import Sample, Shards
-from vlm.data.text import Encoded, Tokenizer, encode_prompt, train_bpe
+from vlm.data.text import Encoded, Tokenizer, train_bpe
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 
 START, EOS = 90, 91

@@ -181,7 +181,7 @@ FILES = {
     "a pickle as .pt": Attack(lambda f: _torch(f / "e.pt", legacy=False), weights("e.pt"), 2, "holds more than plain"),
     "a legacy .pth": Attack(lambda f: _torch(f / "e.pth", legacy=True), weights("e.pth"), 2, "holds more than plain"),
     "a plain pickle as .bin": Attack(file("e.bin", PICKLE), weights("e.bin"), 2, "holds more than plain"),
-    "TorchScript": Attack(lambda f: _script(f / "e.pt"), weights("e.pt"), 2, "holds more than plain"),
+    "TorchScript": Attack(lambda f: _script(f / "e.pt"), weights("e.pt"), 2, "TorchScript archive, which holds code"),
     "objects as .npz": Attack(file("e.npz", _objects()), weights("e.npz"), 2, "holds more than plain"),
     "a pickle as safetensors": Attack(
         file("e.safetensors", PICKLE), weights("e.safetensors"), 2, "not a whole safetensors file"

@@ -114,7 +114,7 @@ def test_a_config_that_is_not_there(vlm: Commands, place: Path) -> None:
         ("train.params=[{match: '(', lr: 1}]", "train.params: '(' is not a regular expression"),
         ("tokenizer.vocab=100", "vocab=100: a byte-level vocabulary needs at least 260"),
         ("tokenizer={kind: file, path: none.json}", "none.json: No such file or directory"),
-        ("model.init.vision=runs/none", "model.init.vision: 'runs/none' is not the folder of a run"),
+        ("model.init.vision=runs/none", "model.init.vision: no folder of a run (it has no config.yaml); 'runs/none'"),
         ("train.batch_size=99", "batch_size=99 exceeds the 16 usable samples; make it smaller"),
         ("data.max_tokens=2", "max_tokens=2: start, end and one word need at least 3"),
         ("data.augment.scale=[1.5, 1]", "augment.scale=(1.5, 1.0): must be 0 or more, a range must rise from above 0"),

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tests.model.small import PATCHES, VOCABULARY, WIDTH, Eye, asked, finished, llava, pictures, seq2seq, texts, words
 from vlm.data.batch import Text, pad
+from vlm.data.encode import encode_prompt
 from vlm.data.reply import apart
-from vlm.data.text import Tokenizer, encode_prompt, train_bpe
+from vlm.data.text import Tokenizer, train_bpe
 from vlm.model.beam import Beams
 from vlm.model.connector import MlpConnector
 from vlm.model.describe import describe, describe_live, describe_several

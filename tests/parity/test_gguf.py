@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.parity.decoders import filled, ids, logit_gap, worst_gap
 from tests.parity.noise import gap
-from tests.parity.test_llama import PLAIN, THEIRS
+from tests.parity.small_llama import PLAIN, THEIRS
 from vlm.model.weights.gguf import gguf_table, gguf_to_ours, gguf_to_theirs, load_gguf
 
 CONTROL, NORMAL = 3, 1

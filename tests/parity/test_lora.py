@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from tests.parity.decoders import ids, logits
 from tests.parity.noise import gap, noise
-from tests.parity.test_llama import pair
+from tests.parity.small_llama import pair
 from vlm.loss.language import language, supervised
 from vlm.model.adapter_file import load_adapter, save_adapter
 from vlm.model.language import Decoder

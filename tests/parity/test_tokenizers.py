@@ -21,7 +21,8 @@ from tokenizers import AddedToken, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from vlm.data import sentencepiece
-from vlm.data.text import Tokenizer, encode_caption, encode_prompt, load_tokenizer, train_bpe
+from vlm.data.encode import encode_prompt
+from vlm.data.text import Tokenizer, encode_caption, load_tokenizer, train_bpe
 from vlm.nn.tokens import IGNORE
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -117,7 +117,7 @@ def test_an_instruction_goes_to_the_qformer(tmp_path: Path) -> None:
     assert (tmp_path / "out" / READER).is_file()
     trained = restore(tmp_path / "out")
     assert trained.reads is not None and trained.model.connector.text.max_tokens == 4
-    form = build_data.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens, trained.reads)
+    form = build_data.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens, reads=trained.reads)
     assert form is not None
     loader = build_data.training_loader(
         trained.run,
@@ -141,7 +141,7 @@ def test_a_question_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     said = []
     for question in ("what?", "who is in this picture?", None):
-        caption(tmp_path / "out", [photo], json=True, question=question, max_new=6)
+        caption(str(tmp_path / "out"), [photo], json=True, question=question, max_new=6)
         said.append(json.loads(capsys.readouterr().out)["caption"])
     trained = restore(tmp_path / "out")
     form = build_data.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens)

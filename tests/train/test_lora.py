@@ -200,7 +200,7 @@ def test_on_the_command_line(vlm: Commands, tmp_path: Path) -> None:
     assert "adapter of rank 2: language.stack.blocks.N.mixer.query (1)" in done.err.splitlines()
     assert "language   –        frozen  11" in done.err
     (tmp_path / "red.png").write_bytes(picture("red"))
-    captioned = vlm("caption", "run", "red.png", "--json", folder=tmp_path)
+    captioned = vlm("caption", "red.png", "--model", "run", "--json", folder=tmp_path)
     assert captioned.code == 0 and "caption" in json.loads(captioned.out)
     wrong = vlm(
         "train",

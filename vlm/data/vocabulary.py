@@ -91,9 +91,10 @@ def _reader(file: Path) -> Callable[[Path], tokenizers.Tokenizer]:
 
 
 def _from_json(file: Path) -> tokenizers.Tokenizer:
-    text = file.read_text(encoding="utf-8")
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise
     except Exception as error:  # the library raises bare Exception for whatever is wrong inside the file
         raise ValueError(f"{file}: not a readable tokenizer.json ({error})") from None
 

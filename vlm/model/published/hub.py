@@ -35,6 +35,8 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Path:
             raise ValueError(f"{path} lies on this disk: a revision ({revision}) is for names on the hub")
         return path
     match = NAME.fullmatch(str(name_or_path))
+    if match is not None and Path(match["name"].partition("/")[0]).is_dir():
+        raise ValueError(f"'{name_or_path}': there is no such file in this folder (and so it is no name on the hub)")
     if match is None:
         raise ValueError(
             f"'{name_or_path}' is neither a file or folder nor a name on the hub (owner/name or owner/name@revision)"

@@ -41,6 +41,7 @@ from vlm.model.language import Decoder, Language, LearnedPositions
 from vlm.model.lora import Lora, about, add_lora
 from vlm.model.published import load as published
 from vlm.model.published.hub import find
+from vlm.model.published.tokens import published_tokenizer
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.text import TextEncoder
 from vlm.model.vision import ImageEncoder, open_clip_encoder, timm_encoder
@@ -278,7 +279,7 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
         case schema.FileTokenizer(path=path):
             return load_tokenizer(Path(path))
         case schema.PublishedTokenizer(name=name):
-            return load_tokenizer(find(name), settings.add)
+            return published_tokenizer(find(name), settings.add)
         case schema.ClipTokenizer():
             return clip_tokenizer()
         case schema.BpeTokenizer(vocab=vocab):

@@ -134,9 +134,7 @@ def _refuse(where: str, wanted: Mapping[str, str], given: set[str]) -> None:
         )
     known = {"vision", "qformer", *wanted}
     if extra := sorted(given - known):
-        raise ValueError(
-            f"{where}: has no use for part {', parts.'.join(extra)}; there are {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{where}: has no use for part {', '.join(extra)}; there are {', '.join(sorted(known))}")
 
 
 def _projection(main: Weights) -> str | None:

@@ -13,7 +13,7 @@ from vlm.model.published.hub import find, pinned
 from vlm.model.published.language import language_part
 from vlm.model.published.lavis import contents, lavis_language, lavis_system
 from vlm.model.published.part import Part
-from vlm.model.published.systems import settings_of, system_part, vision_part
+from vlm.model.published.systems import look_as, settings_of, system_part, vision_part
 from vlm.model.vision import ClassToken, ImageEncoder
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.fill import Source, fill_from
@@ -69,6 +69,8 @@ def open_checkpoint(name: str, parts: Mapping[str, str] | None = None, revision:
         if getattr(part.module, other, None) is None:
             raise ValueError(f"part {other}: {path} has no such part")
         own = own.without(f"{other}.")
+    if (eyes := others.get("vision")) is not None:
+        look_as(part, eyes, values)
     beside = [_beside(part.table, other, place) for other, place in others.items()]
     return Checkpoint(path, values, part.module, part.table, [Source(own, weights), *beside])
 

@@ -18,6 +18,7 @@ from vlm.model.published.open_clip import open_clip_part
 from vlm.model.published.part import Part
 from vlm.model.published.pixels import image_transform
 from vlm.model.published.siglip import siglip_part
+from vlm.model.published.tokens import has_tokenizer
 from vlm.model.published.vit import blip2_vit, timm_part, vit_part
 from vlm.model.text import TextTower
 from vlm.model.vision import ImageEncoder
@@ -41,7 +42,6 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 SYSTEMS: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
     "clip": clip_part,
-    "siglip": siglip_part,
     "blip-2": blip2_part,
     "instructblip": blip2_part,
     "llava": llava_part,
@@ -57,12 +57,23 @@ def system_part(values: Mapping[str, Any], path: Path, weights: Weights) -> Part
     if not path.is_dir():
         return _of_file(path, weights)
     if "model_cfg" in values:
-        pad = load_tokenizer(path).pad if (path / "tokenizer.json").is_file() else None
+        pad = load_tokenizer(path).pad if has_tokenizer(path) else None
         return open_clip_part(values, str(path / OPEN_CLIP), pad)
     where, family = str(path / CONFIG), str(values.get("model_type"))
-    part = SYSTEMS[family](values, where) if family in SYSTEMS else _alone(_of_one_part(values, where, weights))
-    _look_as(part, path, values)
+    if family == "siglip":
+        part = _siglip(values, path)
+    elif family in SYSTEMS:
+        part = SYSTEMS[family](values, where)
+    else:
+        part = _alone(_of_one_part(values, where, weights))
+    look_as(part, path, values)
     return part
+
+
+def _siglip(values: Mapping[str, Any], path: Path) -> Part:
+    """With the padding of the tokenizer that lies beside it, which SigLIP's texts see."""
+    pad = load_tokenizer(path).pad if has_tokenizer(path) else None
+    return siglip_part(values, str(path / CONFIG), pad=pad)
 
 
 def _of_one_part(values: Mapping[str, Any], where: str, weights: Weights) -> Part:
@@ -77,13 +88,20 @@ def _of_one_part(values: Mapping[str, Any], where: str, weights: Weights) -> Par
             return language_part(values, where)
 
 
-def _look_as(part: Part, path: Path, values: Mapping[str, Any]) -> None:
-    """Gives the image encoder the transform that lies beside the weights, if one does."""
+def look_as(part: Part, path: Path, values: Mapping[str, Any]) -> None:
+    """Gives the image encoder the transform that lies in a folder, if one does.
+
+    ValueError: it is for pictures of another size.
+    """
     transform, encoder = transform_of(path, values), getattr(part.module, "vision", None)
     if transform is None or not isinstance(encoder, ImageEncoder):
         return
     if transform.size != encoder.transform.size:
-        raise ValueError(f"{path}: {PIXELS} says pictures of {transform.size}, {CONFIG} of {encoder.transform.size}")
+        height, width = transform.size
+        raise ValueError(
+            f"{path}: {PIXELS} makes pictures of {height} x {width}, and the image encoder of {CONFIG} takes "
+            f"{encoder.transform.size[0]} x {encoder.transform.size[1]}: one of the two is another model's"
+        )
     encoder.transform = transform
 
 

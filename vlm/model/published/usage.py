@@ -2,7 +2,7 @@
 
 Sources: LAVIS, lavis/projects/{blip2,instructblip}/eval and the defaults of its `generate` and `predict_answers`;
 MiniGPT-4, minigpt4/conversation. Their lengths count what is written, without prompt and image, and so do ours; their
-repetition penalty counts nothing else either.
+repetition penalty counts nothing else either, while ours, as transformers', counts the prompt's words too.
 """
 
 from collections.abc import Mapping

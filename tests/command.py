@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+NO_NETWORK = "TEST_NO_NETWORK"
 STREAMS = ("stdin", "stdout", "stderr")
 
 
@@ -39,15 +40,24 @@ class Commands:
         self._server, self._scratch = server, scratch
 
     def __call__(
-        self, *arguments: object, folder: Path, stdin: str = "", meanwhile: Callable[[int, Path], None] | None = None
+        self,
+        *arguments: object,
+        folder: Path,
+        stdin: str = "",
+        meanwhile: Callable[[int, Path], None] | None = None,
+        offline: bool = False,
     ) -> Done:
-        """`meanwhile` gets the process's id and the file that its standard error goes to."""
+        """`meanwhile` gets the process's id and the file that its standard error goes to.
+
+        `offline`: whatever would reach a network fails, and so does the command: code 99.
+        """
 
         def first(processes: list[int], errors: Path) -> None:
             if meanwhile is not None:
                 meanwhile(processes[0], errors)
 
-        return self._run([{}], *arguments, folder=folder, stdin=stdin, meanwhile=first)[0]
+        environment = {NO_NETWORK: "1"} if offline else {}
+        return self._run([environment], *arguments, folder=folder, stdin=stdin, meanwhile=first)[0]
 
     def together(
         self,
@@ -143,12 +153,21 @@ def serve() -> None:
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in processes]), flush=True)
 
 
+def _refuse_networks(event: str, _: tuple[object, ...]) -> None:
+    """Python tells of every name that is looked up and every connection, whoever asks."""
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        os.write(2, f"the command reached for a network: {event}\n".encode())
+        os._exit(99)
+
+
 def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     for number, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
         os.dup2(os.open(request[name], flags), number)
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")  # the parent's has read ahead
     os.chdir(request["folder"])
+    if NO_NETWORK in request["environment"]:
+        sys.addaudithook(_refuse_networks)
     sys.argv = ["vlm", *request["arguments"]]
     code = 0
     try:

@@ -113,8 +113,7 @@ def merges(folder: Path) -> PreTrainedTokenizerFast:
     inner.model.save(str(folder))
     names = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
     config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **names}
-    (folder / "added_tokens.json").write_text(json.dumps({"<image>": inner.get_vocab_size()}))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **_added(inner)}))
     (folder / "special_tokens_map.json").write_text(json.dumps(names))
     return _theirs(inner, "</s> $A", bos="</s>", eos="</s>", pad="<pad>")
 
@@ -129,13 +128,17 @@ def sentencepiece(folder: Path, name: str) -> PreTrainedTokenizerFast:
     file = folder / ("tokenizer.model" if llama else "spiece.model")
     shutil.copy(GOLDEN / f"tokens_{name}.model", file)
     inner = load_tokenizer(folder).inner
-    (folder / "added_tokens.json").write_text(json.dumps({"<image>": inner.get_vocab_size()}))
     ends = {"eos_token": "</s>", "unk_token": "<unk>"}
     config = {"bos_token": "<s>", "pad_token": "<unk>", "add_bos_token": True} if llama else {"pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**ends, **config}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**ends, **config, **_added(inner)}))
     if llama:
         return _theirs(inner, "<s> $A", bos="<s>", eos="</s>", pad="<unk>")
     return _theirs(inner, "$A </s>", eos="</s>", pad="<pad>")
+
+
+def _added(inner: tokenizers.Tokenizer) -> dict[str, Any]:
+    """How a tokenizer_config.json adds <image>."""
+    return {"added_tokens_decoder": {str(inner.get_vocab_size()): {"content": "<image>", "special": True}}}
 
 
 def _theirs(inner: tokenizers.Tokenizer, single: str, **names: str) -> PreTrainedTokenizerFast:
@@ -164,7 +167,7 @@ def blip2(folder: Path, family: str, **writing: Any) -> Made:
     if family == "t5":
         model.language_model.lm_head.weight = torch.nn.Parameter(torch.zeros(size, 40))
     processor = Blip2Processor(squash(), tokenizer, num_query_tokens=QUERIES)
-    return write(model, folder, processor, **ends, **writing)
+    return write(model, folder, processor, 0.3 if family == "opt" else 0.2, **ends, **writing)
 
 
 def opt_config(size: int, eos: int) -> OPTConfig:
@@ -330,10 +333,8 @@ def written(made: Made, images: list[Image.Image], prompt: str, **how: Any) -> l
 
 
 def photographs(count: int = 3) -> list[Image.Image]:
-    """Pictures of soft waves, of the size that the models take: no processor has to resize them."""
-    down, across = torch.meshgrid(torch.linspace(0, 3, SIDE), torch.linspace(0, 3, SIDE), indexing="ij")
-    waves = [
-        torch.stack([127 + 120 * torch.sin(across * (c + n + 1) + down * (2 - c)) for c in range(3)], -1)
-        for n in range(count)
-    ]
-    return [Image.fromarray(wave.to(torch.uint8).numpy()) for wave in waves]
+    """Pictures of soft shapes, of the size that the models take: no processor has to resize them."""
+    maker = torch.Generator().manual_seed(5)
+    coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=maker).float()
+    smooth = torch.nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear").to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in smooth]

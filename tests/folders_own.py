@@ -174,7 +174,7 @@ def coca(folder: Path) -> tuple[Path, Any, PreTrainedTokenizerFast]:
     folder.mkdir()
     tokenizer = folders.clip_words()
     tokenizer.save_pretrained(folder)
-    text = {**TEXT, "vocab_size": len(tokenizer), "context_length": 16}
+    text = {**TEXT, "vocab_size": len(tokenizer), "context_length": 16, "pad_id": len(tokenizer) - 1}
     config = {**CONFIG, "vision_cfg": VISION}
     config["text_cfg"] = {**CONFIG["text_cfg"], **text}
     config["multimodal_cfg"] = {**CONFIG["multimodal_cfg"], **text, "layers": 3, "heads": 2}

@@ -100,10 +100,11 @@ def say(ready: Ready, how: Decoding, question: str | None = None) -> list[str]:
 def test_captions_are_those_of_the_original(name: str, files: Callable[[str], Files]) -> None:
     ready, (prompt, _, how, _, _) = opened(files(name)), CASES[name]
     greedy = written(files(name).made, PICTURES, prompt, max_new_tokens=12, do_sample=False)
-    assert len(set(greedy)) == len(PICTURES)
+    assert len(set(greedy)) == len(PICTURES), "noise that hides the pictures"
     assert say(ready, Sampling(12)) == greedy
     assert ready.usage is not None and ready.writes
-    assert say(ready, ready.usage.captions) == written(files(name).made, PICTURES, prompt, do_sample=False, **how)
+    first = captions(ready, pixels(ready)[:1], ready.usage.captions)
+    assert first == written(files(name).made, PICTURES[:1], prompt, do_sample=False, **how)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -149,7 +150,7 @@ def test_llava_talks_as_its_language_model(control: str | None, template: str, t
     tokenizer = folders.clip_words()
     names = {"llama3": [control, "<|end_header_id|>", "<|eot_id|>"], "chatml": [control, "<|im_end|>"]}
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", *names.get(template, [])]})
-    made = folders.llava(tmp_path, tokenizer, eos_token_id=[1, 5])
+    made = folders.llava(tmp_path, tokenizer, eos_token_id=[1])
     tokenizer.save_pretrained(tmp_path)
     ready = open_model(str(tmp_path))
     assert ready.usage is not None and ready.usage.template == template
@@ -163,7 +164,7 @@ def test_llava_talks_as_its_language_model(control: str | None, template: str, t
     tokenizer.backend_tokenizer.post_processor = None
     start = "" if template == "chatml" else "<|startoftext|>"
     ends = {"llama3": ["<|eot_id|>"], "chatml": ["<|im_end|>"]}.get(template, [])
-    eos = [1, 5, *(tokenizer.convert_tokens_to_ids(end) for end in ends)]
+    eos = [1, *(tokenizer.convert_tokens_to_ids(end) for end in ends)]
     wanted = written(made, PICTURES, start + prompt, max_new_tokens=12, do_sample=False, eos_token_id=eos)
     assert say(ready, Sampling(12)) == wanted and len(set(wanted)) > 1
 
@@ -188,12 +189,14 @@ def test_several_ends(tmp_path: Path) -> None:
     prompt = VICUNA.format(LLAVA_CAPTION)
     given = made.processor(images=PICTURES[0], text=prompt, return_tensors="pt")
     given.pop("token_type_ids", None)
-    ids = made.model.generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, ids[3], ids[6]]}))
+    asked = given["input_ids"][0].tolist()
+    ids = made.model.generate(**given, max_new_tokens=12, do_sample=False)[0, len(asked) :].tolist()
+    first, second = [i for i in ids[1:] if i not in asked][:2]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, second, first]}))
     ready = open_model(str(tmp_path))
-    assert ready.tokenizer.ends[1:] == (ids[3], ids[6])
+    assert ready.tokenizer.ends == (2, second, first)
     cut = say(ready, Sampling(12))[0]
-    assert cut == made.processor.tokenizer.decode(ids[:3]).strip() and cut != texts[0]
+    assert cut == made.processor.tokenizer.decode(ids[: ids.index(first)]).strip() and cut != texts[0]
 
 
 def test_half_precision_is_fp32_on_a_cpu(files: Callable[[str], Files], tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_coca_writes_what_open_clip_writes(tmp_path: Path) -> None:
     for picture in pixels(ready):
         ids = torch.tensor([[0]])
         for _ in range(8):  # open_clip's own generate needs an older transformers
-            logits = model(picture[None], ids)["logits"]
+            logits = model(picture[None], ids, output_labels=False)["logits"]
             ids = torch.cat([ids, logits[:, -1].argmax(1, keepdim=True)], 1)
         wanted.append(" ".join(tokenizer.decode(ids[0, 1:], skip_special_tokens=True).split()))
     assert say(ready, Sampling(8)) == wanted and len(set(wanted)) > 1

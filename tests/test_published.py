@@ -1,0 +1,146 @@
+"""Published checkpoints on the command line, as processes without a network: captions, answers, retrieval."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests import folders, folders_own
+from tests.command import Commands, Done
+from tests.folders import Made, photographs, written
+from tests.folders_own import Files
+from tests.model.test_load import CASES, MADE
+from tests.tiny import pack
+from vlm.model.transcribe import one_line
+
+pytestmark = pytest.mark.slow
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, picture in enumerate(photographs(2)):
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+def run(vlm: Commands, folder: Path, *arguments: object) -> Done:
+    return vlm(*arguments, folder=folder, offline=True)
+
+
+def said(done: Done) -> list[str]:
+    """The captions. All must have gone well, and in silence."""
+    assert (done.code, done.err) == (0, "")
+    return [json.loads(line)["caption"] for line in done.out.splitlines()]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_captions_and_answers(name: str, vlm: Commands, pictures: Path, tmp_path: Path) -> None:
+    given = MADE[name](tmp_path / "published")
+    found = run(vlm, tmp_path, "caption", pictures, *given.options, "--json", "--max-new", "9")
+    if name == "minigpt4":
+        assert len(said(found)) == 2
+        drawn = run(vlm, tmp_path, "caption", pictures, *given.options, "--seed", "3")
+        assert drawn.code == 0 and drawn == run(vlm, tmp_path, "caption", pictures, *given.options, "--seed", "3")
+        return
+    prompt, question_prompt, how, question, short = CASES[name]
+    seen = photographs(2)
+    assert said(found) == written(given.made, seen, prompt, do_sample=False, max_new_tokens=9)
+    usual = run(vlm, tmp_path, "caption", pictures / "0.png", *given.options)
+    assert (usual.code, usual.err) == (0, "")
+    assert usual.out.split("\t")[1] == one_line(written(given.made, seen[:1], prompt, do_sample=False, **how)[0]) + "\n"
+    answers = run(vlm, tmp_path, "caption", pictures, *given.options, "--json", "--question", question)
+    assert said(answers) == written(given.made, seen, question_prompt, do_sample=False, **short)
+
+
+@pytest.mark.parametrize("layout", ["memory", "authors", "coca"])
+def test_other_layouts_caption(layout: str, vlm: Commands, pictures: Path, tmp_path: Path) -> None:
+    if layout == "coca":
+        folder, _, _ = folders_own.coca(tmp_path / "coca")
+        found = said(run(vlm, tmp_path, "caption", pictures, "--model", folder, "--json", "--max-new", "9"))
+        assert len(set(found)) == 2
+        return
+    made = folders.llava(tmp_path / "hub")
+    if layout == "authors":
+        given = folders_own.llava_of_authors(made, tmp_path / "own")
+    else:
+        given = Files(folders_own.llava_in_memory(made, tmp_path / "own"), {}, made)
+    found = said(run(vlm, tmp_path, "caption", pictures, *given.options, "--json", "--max-new", "9"))
+    prompt = CASES["llava"][0]
+    assert found == written(made, photographs(2), prompt, do_sample=False, max_new_tokens=9)
+
+
+def shard(folder: Path) -> tuple[Path, list[Image.Image], list[str]]:
+    """Pictures with captions of their own."""
+    colours = ["red", "blue", "green", "a red", "a blue", "a green"]
+    seen = photographs(COUNT)
+    texts = [f"{colours[i % 6]} {['photo', 'image', 'square', 'caption'][i // 6]}" for i in range(COUNT)]
+    members = []
+    for i, (picture, text) in enumerate(zip(seen, texts, strict=True)):
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+        members += [(f"{i:03d}.png", out.getvalue()), (f"{i:03d}.txt", text.encode())]
+    return pack(folder / "squares.tar", members), seen, texts
+
+
+def recalls(scores: Tensor) -> dict[str, float]:
+    """Of images by texts (scores: texts x images), the one on the diagonal being right; nothing of ours is used."""
+    ranks = 1 + (scores >= scores.diagonal()[:, None]).sum(1) - 1
+    return {f"R@{k}": 100 * float((ranks <= k).double().mean()) for k in (1, 5, 10)}
+
+
+@torch.no_grad()
+def contrast(made: Made, seen: list[Image.Image], texts: list[str]) -> Tensor:
+    """Their scores, images x texts."""
+    padding: dict[str, Any] = {"padding": "max_length", "max_length": 16}
+    if not isinstance(made.model, folders.SiglipModel):
+        padding = {"padding": True}
+    given = made.processor.tokenizer(texts, return_tensors="pt", return_token_type_ids=False, **padding)
+    if "max_length" in padding:
+        given.pop("attention_mask")
+    pixels = made.processor.image_processor(seen, return_tensors="pt")["pixel_values"]
+    logits: Tensor = made.model(pixel_values=pixels, **given).logits_per_image
+    return logits
+
+
+@pytest.mark.parametrize("maker", [folders.clip, folders.siglip])
+def test_retrieval(maker: Callable[[Path], Made], vlm: Commands, tmp_path: Path) -> None:
+    made = maker(tmp_path / "published")
+    tar, seen, texts = shard(tmp_path)
+    done = run(vlm, tmp_path, "evaluate", tar, "--model", made.folder, "--caption", "txt", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    scores = contrast(made, seen, texts)
+    for way, wanted in (("i2t", recalls(scores)), ("t2i", recalls(scores.T))):
+        assert {name: found["retrieval"]["itc"][way][name] for name in wanted} == pytest.approx(wanted)
+    assert found["counts"]["images"] == COUNT
+
+
+@torch.no_grad()
+def test_retrieval_of_blip2_with_its_matching_head(vlm: Commands, tmp_path: Path) -> None:
+    made = folders.retrieval(tmp_path / "published")
+    tar, seen, texts = shard(tmp_path)
+    given = made.processor.tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    pixels = made.processor.image_processor(seen, return_tensors="pt")["pixel_values"]
+    itc = made.model(pixel_values=pixels, use_image_text_matching_head=False, **given).logits_per_image
+    rows = []
+    for picture in pixels:
+        many = picture.expand(COUNT, -1, -1, -1)
+        logits = made.model(pixel_values=many, use_image_text_matching_head=True, **given).logits_per_image
+        rows.append(logits.softmax(1)[:, 1])
+    itm = torch.stack(rows) + itc
+    rank = ("--rerank", COUNT)
+    done = run(vlm, tmp_path, "evaluate", tar, "--model", made.folder, "--caption", "txt", "--json", *rank)
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)["retrieval"]
+    for name, scores in (("itc", itc), ("itm", itm)):
+        for way, wanted in (("i2t", recalls(scores)), ("t2i", recalls(scores.T))):
+            assert {key: found[name][way][key] for key in wanted} == pytest.approx(wanted)
+    assert found["itc"] != found["itm"]

@@ -278,7 +278,7 @@ def siglip(folder: Path) -> Made:
     tokenizer = sentencepiece(folder, "t5")
     names = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    tokenizer.pad_token = "</s>"
+    tokenizer.pad_token, tokenizer.padding_side = "</s>", "right"
     config = SiglipConfig(
         text_config={**_TEXT, "hidden_size": 48, "vocab_size": len(tokenizer), "pad_token_id": 1},
         vision_config=VISION,

@@ -186,6 +186,16 @@ def coca(folder: Path) -> tuple[Path, Any, PreTrainedTokenizerFast]:
     return folder, model, tokenizer
 
 
+@torch.no_grad()
+def coca_written(model: Any, tokenizer: PreTrainedTokenizerFast, picture: torch.Tensor, count: int) -> str:
+    """The likeliest words, one by one; open_clip's own `generate` needs an older transformers."""
+    ids = torch.tensor([[0]])
+    for _ in range(count):
+        logits = model(picture[None], ids, output_labels=False)["logits"]
+        ids = torch.cat([ids, logits[:, -1].argmax(1, keepdim=True)], 1)
+    return " ".join(tokenizer.decode(ids[0, 1:], skip_special_tokens=True).split())
+
+
 def language(folder: Path, family: str) -> Made:
     """A Llama with its SentencePiece, or a T5."""
     tokenizer = sentencepiece(folder, family)

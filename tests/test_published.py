@@ -32,7 +32,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(vlm: Commands, folder: Path, *arguments: object) -> Done:
-    return vlm(*arguments, folder=folder, offline=True)
+    return vlm(*arguments, folder=folder, network="forbidden")
 
 
 def said(done: Done) -> list[str]:

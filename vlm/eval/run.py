@@ -123,11 +123,11 @@ def caption(
     Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
     paths = list(find_images(images))
     trained = open_model(model, best_device(), parts)
+    data = trained.data
     if not trained.writes:
         raise ValueError(f"{model} was trained without lm, so it cannot write captions")
     if best_device().type == "cpu":
         lay_out_for_decoding(trained.model)
-    data = trained.data
     if question is not None and not isinstance(data, ChatData):
         raise ValueError(f"--question: {model} was trained on captions ({data.kind}), not to answer questions")
     decoding: Decoding

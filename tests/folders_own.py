@@ -25,6 +25,7 @@ from tests import folders
 from tests.folders import QUERIES, SIDE, Made, merges, sentencepiece, word_pieces
 from tests.parity.lavis import BERT, TOWER, save_lavis
 from tests.parity.noise import noise
+from vlm.model.published.load import load
 
 SIDES = {**TOWER, "image_size": SIDE}
 
@@ -212,3 +213,13 @@ def bert(folder: Path) -> Made:
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 56}
     model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=48, **sizes))
     return folders.write(model, folder, tokenizer)
+
+
+def open_folder(folder: Path) -> Any:
+    """Our system of a folder."""
+    return load(str(folder)).model
+
+
+def load_language(folder: Path) -> Any:
+    """Our language model of a folder."""
+    return open_folder(folder).language

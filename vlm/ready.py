@@ -20,7 +20,6 @@ from vlm.model.seq2seq import EncoderDecoder
 from vlm.model.text import TextEncoder
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.layout import PICKLES, SAFE
-from vlm.model.weights.source import open_weights
 from vlm.restore import Ready, restore
 
 READER = "qformer_tokenizer"  # where Hugging Face's folders of InstructBLIP keep the Q-Former's vocabulary
@@ -102,7 +101,7 @@ def _system(found: Checkpoint) -> str:
     if (named := found.values.get("model_type")) is not None:
         return str(named)
     reads = isinstance(found.model.connector, QFormer) and found.model.connector.text is not None
-    alone = "query_tokens" not in open_weights(found.path)
+    alone = "query_tokens" not in found.sources[0].weights
     return "minigpt4" if alone else "instructblip" if reads else "blip-2"
 
 

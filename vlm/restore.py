@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
+from vlm.config.language import HuggingFaceLanguage, PublishedLanguage
 from vlm.config.load import load
+from vlm.config.section import Section
 from vlm.data.talk_batch import Reader, TalkForm
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
@@ -197,7 +199,10 @@ def restore(folder: Path, device: torch.device | None = None) -> Trained:
 
 
 def relative_init(run: schema.Run, folder: Path) -> schema.Run:
-    """Settings whose `init` folders are told from the run's own, where both lie side by side: such a tree can move."""
+    """Settings whose `init` folders are told from the run's own, where both lie side by side: such a tree can move.
+
+    Published folders under parts are told by their whole path.
+    """
     moved = {}
     for part, source in run.model.init.items():
         if source is None:
@@ -209,4 +214,16 @@ def relative_init(run: schema.Run, folder: Path) -> schema.Run:
         path = found.resolve()
         beside = path.parent == folder.resolve().parent
         moved[part] = os.path.relpath(path, folder.resolve()) if beside else str(path)
-    return run.model_copy(update={"model": run.model.model_copy(update={"init": moved})})
+    return run.model_copy(update={"model": run.model.model_copy(update={"init": moved, **_placed(run.model)})})
+
+
+def _placed(model: schema.Model) -> dict[str, Section]:
+    """Parts of published folders by their whole path, so that the run can be used from any working directory."""
+    found: dict[str, Section] = {}
+    for part in ("vision", "language"):
+        settings = getattr(model, part)
+        if isinstance(settings, schema.PublishedVision | PublishedLanguage | HuggingFaceLanguage):
+            name = settings.name
+            if name is not None and (path := Path(name).expanduser()).exists():
+                found[part] = settings.model_copy(update={"name": str(path.resolve())})
+    return found

@@ -5,13 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from tests import folders, folders_own
 from tests.folders import QUERIES, Made, photographs, written
 from tests.folders_own import Files
+from tests.parity.noise import gap, noise
+from vlm.data.batch import pad
+from vlm.data.text import encode_caption
 from vlm.eval.run import captions
 from vlm.model.beam import Beams
 from vlm.model.bert import Bert
@@ -215,6 +221,46 @@ def test_coca_writes_what_open_clip_writes(tmp_path: Path) -> None:
     assert ready.writes and ready.usage is None
     wanted = [folders_own.coca_written(model, tokenizer, picture, 8) for picture in pixels(ready)]
     assert say(ready, Sampling(8)) == wanted and len(set(wanted)) > 1
+
+
+def test_a_projector_alone(files: Callable[[str], Files], tmp_path: Path) -> None:
+    made = files("llava").made
+    given = folders_own.llava_of_authors(made, tmp_path / "llava")
+    for file in given.main.glob("pytorch_model*"):
+        file.unlink()
+    state = made.model.model.multi_modal_projector.state_dict()
+    names = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
+    weights = {f"{names[name.split('.')[0]]}.{name.split('.')[1]}": value for name, value in state.items()}
+    torch.save(weights, given.main / "mm_projector.bin")
+    language = tmp_path / "language"
+    LlamaForCausalLM.save_pretrained(_language_of(made), language)
+    (given.main / "tokenizer.model").rename(language / "tokenizer.model")
+    (given.main / "tokenizer_config.json").rename(language / "tokenizer_config.json")
+    ready = open_model(str(given.main), None, {**given.parts, "language": str(language)})
+    assert say(ready, Sampling(12)) == say(opened(files("llava")), Sampling(12))
+
+
+def _language_of(made: Made) -> LlamaForCausalLM:
+    whole = LlamaForCausalLM(made.model.config.text_config)
+    whole.model.load_state_dict(made.model.model.language_model.state_dict())
+    whole.lm_head.load_state_dict(made.model.lm_head.state_dict())
+    return whole
+
+
+@torch.no_grad()
+def test_a_file_of_openai_s_clip_has_a_vocabulary_here(tmp_path: Path) -> None:
+    vision = open_clip.model.CLIPVisionCfg(layers=2, width=64, patch_size=7, image_size=28)
+    text = open_clip.model.CLIPTextCfg(context_length=12, width=64, heads=1, layers=1)
+    theirs = open_clip.model.CLIP(16, vision, text, quick_gelu=True).eval()
+    noise(theirs)
+    save_file(theirs.state_dict(), tmp_path / "ViT-B-32.safetensors")
+    ready = open_model(str(tmp_path / "ViT-B-32.safetensors"))
+    texts = ["a red square", "two blue birds, and a fox"]
+    wanted = theirs.encode_text(open_clip.tokenize(texts, context_length=12), normalize=True)
+    encoded = [encode_caption(ready.tokenizer, line, ready.data.max_tokens) for line in texts]
+    assert gap(ready.model.embed_text(pad(encoded, ready.tokenizer.pad)), wanted) < 1e-5
+    seen = pixels(ready)
+    assert gap(ready.model.embed_image(ready.model.see(seen))[:, 0], theirs.encode_image(seen, normalize=True)) < 1e-5
 
 
 def test_parts_of_one_kind(tmp_path: Path) -> None:

@@ -101,6 +101,18 @@ def test_frozen_parts_are_named_and_not_stored(
     assert json.loads(capsys.readouterr().out)["image"] == str(picture)
 
 
+def test_a_folder_that_was_named_from_elsewhere_is_found(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(published["llama"].parent)
+    here = {name: Path(path.name) for name, path in published.items()}
+    train_run(run_of(tmp_path, llava(here), of(here["llama"]), "train.steps=2"), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    trained = restore(tmp_path / "run")
+    assert trained.run.model.language is not None
+    assert trained.run.model.language.source == str(published["llama"])
+
+
 def test_a_source_that_changed_is_refused(published: dict[str, Path], tmp_path: Path) -> None:
     here = {**published, "llama": tmp_path / "llama"}
     shutil.copytree(published["llama"], here["llama"])
@@ -136,9 +148,7 @@ def test_a_frozen_language_model_in_bfloat16(published: dict[str, Path], tmp_pat
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(published: dict[str, Path], tmp_path: Path) -> None:
-    settings = run_of(
-        tmp_path, llava(published), of(published["blip2"]), "model.language.name=" + str(published["bert"])
-    )
+    settings = run_of(tmp_path, {**llava(published), "language": of(published["bert"])}, of(published["blip2"]))
     with pytest.raises(ValueError, match="has no part 'language'"):
         train_run(settings, tmp_path / "run")
     small = folders_own.language(tmp_path / "small", "t5").folder
@@ -174,16 +184,8 @@ def test_a_qformer_that_starts_from_bert(
     source = str(published["bert"])
     model = {"vision": of(published["blip2"]), "connector": QFORMER, "init": {"connector": source}}
     tokenizer = of(published["bert"], add=["[DEC]"])
-    train_run(
-        run_of(
-            tmp_path,
-            model,
-            tokenizer,
-            "train.params=[{match: 'vision.*', lr: null}, {match: '.*', lr: 0.01}]",
-            losses=(ITC, ITM, LM),
-        ),
-        out,
-    )
+    learns = "train.params=[{match: 'vision.*', lr: null}, {match: '.*', lr: 0.01}]"
+    train_run(run_of(tmp_path, model, tokenizer, learns, losses=(ITC, ITM, LM)), out)
     line = next(line for line in capsys.readouterr().err.splitlines() if "connector: " in line and source in line)
     assert "which is BERT" in line and "new here: " in line
     assert not any(name.startswith("vision.") for name in stored(out))

@@ -106,11 +106,13 @@ def as_said(usage: Usage, said: Mapping[str, Any], where: str) -> Usage:
 _SHARED = {"max_new_tokens": "max_new", "min_new_tokens": "min_new", "repetition_penalty": "repetition_penalty"}
 _OF_BEAMS = {"num_beams": "width", "length_penalty": "length_penalty", "early_stopping": "early_stopping"}
 _DRAWN = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
+_WHOLE = ("max_new_tokens", "min_new_tokens", "num_beams", "top_k")
+_BROKEN = ("repetition_penalty", "length_penalty", "temperature", "top_p")
 _TOP_K = 50  # of transformers, where sampling is asked for and nothing else
 
 
 def _decoding(usual: Beams | Sampling, said: Mapping[str, Any]) -> Beams | Sampling:
-    given = {name: value for name, value in said.items() if value is not None}
+    given = {name: _read(name, value) for name, value in said.items() if value is not None}
     draws = bool(given.get("do_sample", isinstance(usual, Sampling) and usual.temperature > 0))
     width = given.get("num_beams", usual.width if isinstance(usual, Beams) and not draws else 1)
     shared = _said(given, _SHARED, usual)
@@ -124,6 +126,16 @@ def _decoding(usual: Beams | Sampling, said: Mapping[str, Any]) -> Beams | Sampl
         raise ValueError(f"do_sample=true with num_beams={width}: beams are not drawn here")
     usual = usual if isinstance(usual, Beams) else Beams(width)
     return Beams(**shared, **_said(given, _OF_BEAMS, usual))
+
+
+def _read(name: str, value: Any) -> Any:
+    """A setting of the file as ours. ValueError: no number where one is wanted."""
+    for names, kind in ((_WHOLE, int), (_BROKEN, float)):
+        if name in names:
+            if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value:
+                raise ValueError(f"{name}={value!r}: a {'whole ' if kind is int else ''}number")
+            return kind(value)
+    return value
 
 
 def _said(given: Mapping[str, Any], names: Mapping[str, str], usual: Beams | Sampling) -> dict[str, Any]:

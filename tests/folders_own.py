@@ -1,6 +1,7 @@
 """Published files in their authors' own layouts: LAVIS, MiniGPT-4, LLaVA's folders, open_clip, GGUF."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,3 +224,25 @@ def open_folder(folder: Path) -> Any:
 def load_language(folder: Path) -> Any:
     """Our language model of a folder."""
     return open_folder(folder).language
+
+
+def everything(root: Path) -> None:
+    """The folders and files that docs/published.md speaks of, pictures and a shard to try them on."""
+    for name, family in (("blip2-opt", "opt"), ("blip2-t5", "t5")):
+        folders.blip2(root / name, family)
+    folders.instructblip(root / "instructblip")
+    authors = llava_of_authors(folders.llava(root / "llava"), root / "llava-v1.5")
+    Path(authors.parts["vision"]).rename(root / "clip-vit-large-patch14-336")
+    folders.retrieval(root / "blip2-itm")
+    folders.clip(root / "clip")
+    language(root / "vicuna", "llama")
+    bert(root / "bert-base-uncased")
+    lavis(root / "lavis", "opt")
+    (root / "photos").mkdir()
+    for i, picture in enumerate(folders.photographs(4)):
+        picture.save(root / "photos" / f"{i}.png")
+        (root / "photos" / f"{i}.txt").write_text(f"{('red', 'blue', 'green', 'a red')[i]} square\n")
+
+
+if __name__ == "__main__":
+    everything(Path(sys.argv[1]))

@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +161,53 @@ def test_retrieval_of_blip2_with_its_matching_head(vlm: Commands, tmp_path: Path
         for way, wanted in (("i2t", recalls(scores)), ("t2i", recalls(scores.T))):
             assert {key: found[name][way][key] for key in wanted} == pytest.approx(wanted)
     assert found["itc"] != found["itm"]
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+
+
+def shown() -> list[tuple[str, list[str]]]:
+    """The page's commands, each with what it prints."""
+    pieces = [piece for block in BLOCKS for piece in re.split(r"^\$ ", block, flags=re.MULTILINE) if piece]
+    return [(piece.partition("\n")[0].split("   #")[0], piece.splitlines()[1:]) for piece in pieces]
+
+
+def form(line: str) -> str:
+    """What of a line is the same on every machine: not a random model's words and numbers, not how long it took."""
+    if line.startswith("vlm: "):
+        return line
+    before, tab, _ = line.partition("\t")
+    plain = re.sub(r"[\d.,]+", "N", before).split("samples/s")[0]
+    return " ".join(plain.split()) + tab
+
+
+def alone(arguments: list[str], folder: Path) -> Done:
+    """As a process of its own, told to be offline, without anything in the cache."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "vlm", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_page_s_commands_print_what_it_shows(tmp_path: Path, vlm: Commands) -> None:
+    folders_own.everything(tmp_path)
+    (tmp_path / "mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0])
+    assert len(shown()) >= 8
+    for command, printed in shown():
+        words = shlex.split(command)
+        if words[0] == "HF_HUB_OFFLINE=1":  # which is read at the very start of a process
+            done = alone(words[2:], tmp_path)
+        else:
+            done = vlm(*words[1:], folder=tmp_path, network="forbidden")
+        found = [*done.err.splitlines(), *done.out.splitlines()]
+        assert [form(line) for line in found] == [form(line) for line in printed], command
+        assert done.code == (2 if printed[0].startswith("vlm: ") else 0)
+
+
+def test_the_page_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(PAGE.splitlines()) <= 150
+    links = re.findall(r"\]\(([^)#]+)\)", PAGE)
+    assert links and all((ROOT / "docs" / link).exists() for link in links)

@@ -111,6 +111,15 @@ def test_a_file_of_lavis_alone(told: Callable[..., str], tmp_path: Path) -> None
     )
 
 
+def test_a_tower_that_is_only_named(told: Callable[..., str], llava: Path) -> None:
+    folder = edit(llava, mm_vision_tower="openai/clip-vit-large-patch14-336")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file({"model.mm_projector.0.weight": torch.zeros(40, 48)}, folder / "model.safetensors")
+    found = told(folder)
+    assert f"{folder}: its image encoder lies elsewhere (give its folder by --part vision=FOLDER): openai/clip" in found
+
+
 @pytest.mark.parametrize("option", ["vision", "=x", "vision="])
 def test_a_part_that_is_not_told_whole(vlm: Commands, picture: Path, tmp_path: Path, option: str) -> None:
     done = vlm("caption", picture, "--model", "m", "--part", option, folder=tmp_path)

@@ -57,8 +57,8 @@ def open_checkpoint(name: str, parts: Mapping[str, str] | None = None, revision:
     """
     path = find(name, revision)
     others = {part: find(source) for part, source in (parts or {}).items()}
-    if (tower := _tower(path)) is not None and "vision" not in others:
-        others["vision"] = find(tower)
+    if "vision" not in others and (tower := _tower(path)) is not None:
+        others["vision"] = _found(tower, path)
     values, weights, part = _whole(path, others.get("vision"))
     if part is None:
         with hollow():
@@ -174,6 +174,15 @@ def _tower(path: Path) -> str | None:
     """By which name the authors' own LLaVA finds its image encoder; None where the folder holds it, or is another."""
     name: str | None = settings_of(path).get("mm_vision_tower")
     return None if name is None or any("vision_tower." in each for each in open_weights(path)) else name
+
+
+def _found(tower: str, path: Path) -> Path:
+    try:
+        return find(tower)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: its image encoder lies elsewhere (give its folder by --part vision=FOLDER): {error}"
+        ) from None
 
 
 def _gguf(path: Path) -> tuple[dict[str, Any], Weights, Part]:

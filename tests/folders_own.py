@@ -11,6 +11,7 @@ from transformers import (
     BertModel,
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
     Blip2Processor,
     CLIPConfig,
     CLIPModel,
@@ -24,7 +25,7 @@ from transformers import (
 
 from tests import folders
 from tests.folders import QUERIES, SIDE, Made, merges, sentencepiece, word_pieces
-from tests.parity.lavis import BERT, TOWER, save_lavis
+from tests.parity.lavis import BERT, TOWER, lavis_names, save_lavis
 from tests.parity.noise import noise
 from vlm.model.published.load import load
 
@@ -70,6 +71,31 @@ def lavis(folder: Path, family: str) -> Files:
         return Files(paths["main"], parts, Made(folder, model, Blip2Processor(pixels, tokenizer, QUERIES)))
     parts["qformer_tokenizer"] = str(folder / "bert")
     return Files(paths["main"], parts, Made(folder, model, InstructBlipProcessor(pixels, tokenizer, reader, QUERIES)))
+
+
+def lavis_stage1(folder: Path, temperature: float) -> Files:
+    """LAVIS' first stage with its heads, tower and all, whose words are BERT's and [DEC]."""
+    tokenizer = word_pieces(folder / "bert")
+    size = len(tokenizer) + 1
+    config = Blip2Config(
+        vision_config=SIDES,
+        qformer_config={**BERT, "vocab_size": size, "use_qformer_text_input": True},
+        num_query_tokens=QUERIES,
+        image_text_hidden_size=20,
+    )
+    model = Blip2ForImageTextRetrieval(config)
+    noise(model.eval(), scale=0.25)
+    model.vision_model.post_layernorm.eps = 1e-5
+    weights = {**lavis_names(model.state_dict(), ""), "temp": torch.tensor(temperature)}
+    head, width = "Qformer.cls.predictions", 128
+    weights[f"{head}.decoder.weight"] = weights["Qformer.bert.embeddings.word_embeddings.weight"]
+    weights[f"{head}.decoder.bias"] = weights[f"{head}.bias"] = torch.randn(size) / 9
+    for layer, shape in (("dense", (width, width)), ("LayerNorm", (width,))):
+        weights[f"{head}.transform.{layer}.weight"] = torch.randn(shape) / 9
+        weights[f"{head}.transform.{layer}.bias"] = torch.randn(width) / 9
+    torch.save({"model": weights}, folder / "blip2_pretrained.pth")
+    made = Made(folder, model, Blip2Processor(folders.squash(), tokenizer))
+    return Files(folder / "blip2_pretrained.pth", {"tokenizer": str(folder / "bert")}, made)
 
 
 def minigpt4(folder: Path) -> Files:

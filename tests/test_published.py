@@ -20,7 +20,7 @@ from tests import folders, folders_own
 from tests.command import Commands, Done
 from tests.folders import Made, photographs, written
 from tests.folders_own import Files
-from tests.model.test_load import CASES, MADE
+from tests.model.test_load import CASES, MADE, whole
 from tests.tiny import pack
 from vlm.model.transcribe import one_line
 
@@ -140,10 +140,17 @@ def test_retrieval(maker: Callable[[Path], Made], vlm: Commands, tmp_path: Path)
     assert found["counts"]["images"] == COUNT
 
 
+@pytest.mark.parametrize(("layout", "temperature"), [("hub", 1.0), ("lavis", 0.4)])
 @torch.no_grad()
-def test_retrieval_of_blip2_with_its_matching_head(vlm: Commands, tmp_path: Path) -> None:
-    made = folders.retrieval(tmp_path / "published")
+def test_retrieval_of_blip2_with_its_matching_head(
+    layout: str, temperature: float, vlm: Commands, tmp_path: Path
+) -> None:
+    if layout == "hub":
+        published = whole(folders.retrieval(tmp_path / "published"))
+    else:
+        published = folders_own.lavis_stage1(tmp_path / "published", temperature)
     tar, seen, texts = shard(tmp_path)
+    made = published.made
     given = made.processor.tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
     pixels = made.processor.image_processor(seen, return_tensors="pt")["pixel_values"]
     itc = made.model(pixel_values=pixels, use_image_text_matching_head=False, **given).logits_per_image
@@ -152,15 +159,23 @@ def test_retrieval_of_blip2_with_its_matching_head(vlm: Commands, tmp_path: Path
         many = picture.expand(COUNT, -1, -1, -1)
         logits = made.model(pixel_values=many, use_image_text_matching_head=True, **given).logits_per_image
         rows.append(logits.softmax(1)[:, 1])
-    itm = torch.stack(rows) + itc
-    rank = ("--rerank", COUNT)
-    done = run(vlm, tmp_path, "evaluate", tar, "--model", made.folder, "--caption", "txt", "--json", *rank)
+    itm = torch.stack(rows) + itc / temperature
+    options = ("--caption", "txt", "--json", "--rerank", COUNT)
+    done = run(vlm, tmp_path, "evaluate", tar, *published.options, *options)
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)["retrieval"]
     for name, scores in (("itc", itc), ("itm", itm)):
         for way, wanted in (("i2t", recalls(scores)), ("t2i", recalls(scores.T))):
             assert {key: found[name][way][key] for key in wanted} == pytest.approx(wanted)
     assert found["itc"] != found["itm"]
+
+
+def test_a_first_stage_writes_with_its_own_head(vlm: Commands, pictures: Path, tmp_path: Path) -> None:
+    published = folders_own.lavis_stage1(tmp_path / "published", 0.07)
+    found = said(run(vlm, tmp_path, "caption", pictures, *published.options, "--json", "--max-new", "6"))
+    assert len(found) == 2 and all(found)
+    alone = run(vlm, tmp_path, "caption", pictures, "--model", published.main)
+    assert alone.code == 2 and f"{published.main}: no tokenizer in it" in alone.err
 
 
 ROOT = Path(__file__).parents[1]

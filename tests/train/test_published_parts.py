@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,26 @@ def test_a_qformer_that_starts_from_bert(
     assert "which is BERT" in line and "new here: " in line
     assert not any(name.startswith("vision.") for name in stored(out))
     assert restore(out).step == 4
+
+
+@pytest.mark.parametrize("maker", [folders.clip, folders.siglip, folders.retrieval])
+def test_towers_of_all_kinds(maker: Callable[[Path], folders.Made], published: dict[str, Path], tmp_path: Path) -> None:
+    made, out = maker(tmp_path / "tower"), tmp_path / "run"
+    model = {**llava(published), "vision": of(made.folder)}
+    train_run(run_of(tmp_path, model, of(published["llama"]), "train.steps=2"), out)
+    vision = restore(out).model.vision
+    assert vision is not None
+    picture = folders.photographs(1)[0]
+    pixels = made.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    theirs = made.model.vision_model
+    with torch.no_grad():
+        found = vision(vision.transform(picture)[None])
+        wanted = theirs(pixels).last_hidden_state
+        if maker is folders.clip:  # there the norm stands behind the class token alone, here behind all
+            wanted = theirs.post_layernorm(wanted)
+        if maker is folders.retrieval:  # here it belongs to the Q-Former
+            found = theirs.post_layernorm(found)
+    assert float((found - wanted).abs().max()) < 1e-4
 
 
 def test_a_gguf_file_as_the_language_model(published: dict[str, Path], tmp_path: Path) -> None:

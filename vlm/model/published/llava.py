@@ -59,7 +59,10 @@ CHOICES = ("default", "full")
 def _original(s: Settings, transform: ImageTransform | None) -> Part:
     """As the authors' code saves it: a Llama's settings, and of the tower only its name."""
     s.expect(
-        mm_projector_type=tuple(DEPTHS), mm_vision_select_feature=("patch", "cls_patch"), mm_use_im_start_end=(False,)
+        mm_projector_type=tuple(DEPTHS),
+        mm_vision_select_feature=("patch", "cls_patch"),
+        mm_use_im_start_end=(False,),
+        image_aspect_ratio=(None, "square", "pad"),
     )
     vision = clip_vision_part(
         _tower(s),

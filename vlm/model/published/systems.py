@@ -16,7 +16,7 @@ from vlm.model.published.language import known_language, language_part, refuse_q
 from vlm.model.published.llava import llava_part
 from vlm.model.published.open_clip import open_clip_part
 from vlm.model.published.part import Part, Settings
-from vlm.model.published.pixels import image_transform
+from vlm.model.published.pixels import image_transform, padded
 from vlm.model.published.siglip import SIGLIP_VISION, siglip_part, siglip_vision
 from vlm.model.published.tokens import has_tokenizer
 from vlm.model.published.vit import blip2_vit, timm_part, vit_part
@@ -101,7 +101,11 @@ def look_as(part: Part, path: Path, values: Mapping[str, Any]) -> None:
     ValueError: it is for pictures of another size.
     """
     transform, encoder = transform_of(path, values), getattr(part.module, "vision", None)
-    if transform is None or not isinstance(encoder, ImageEncoder):
+    if not isinstance(encoder, ImageEncoder):
+        return
+    if transform is None:  # LLaVA's own folders say only this
+        pads = values.get("image_aspect_ratio") == "pad"
+        encoder.transform = padded(encoder.transform) if pads else encoder.transform
         return
     if transform.size != encoder.transform.size:
         height, width = transform.size

@@ -20,6 +20,7 @@ from tests import folders, folders_own
 from tests.command import Commands, Done
 from tests.folders import Made, photographs, written
 from tests.folders_own import Files
+from tests.model.hub_site import serving
 from tests.model.test_load import CASES, MADE, whole
 from tests.tiny import pack
 from vlm.model.transcribe import one_line
@@ -198,12 +199,27 @@ def form(line: str) -> str:
     return " ".join(plain.split()) + tab
 
 
-def alone(arguments: list[str], folder: Path) -> Done:
-    """As a process of its own, told to be offline, without anything in the cache."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT)}
+def alone(arguments: list[str], folder: Path, **variables: str) -> Done:
+    """As a process of its own, which reads these variables at its very start; the hub's cache begins empty."""
+    environment = {**os.environ, "HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "vlm", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_name_on_a_hub_and_then_its_cache_alone(pictures: Path, tmp_path: Path) -> None:
+    made = folders.instructblip(tmp_path / "published")
+    files = [file for file in made.folder.rglob("*") if file.is_file()]
+    wanted = written(made, photographs(2), CASES["instructblip"][0], do_sample=False, max_new_tokens=6)
+    arguments = ["caption", str(pictures), "--model", "authors/instructblip", "--json", "--max-new", "6"]
+    with serving() as hub:
+        hub.repositories["authors/instructblip"] = {
+            str(file.relative_to(made.folder)): file.read_bytes() for file in files
+        }
+        first = alone(arguments, tmp_path, HF_ENDPOINT=hub.url)
+        assert first.code == 0 and [json.loads(line)["caption"] for line in first.out.splitlines()] == wanted
+    again = alone(arguments, tmp_path, HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url)
+    assert (again.code, again.out, again.err) == (0, first.out, "")
 
 
 def test_the_page_s_commands_print_what_it_shows(tmp_path: Path, vlm: Commands) -> None:
@@ -212,8 +228,8 @@ def test_the_page_s_commands_print_what_it_shows(tmp_path: Path, vlm: Commands) 
     assert len(shown()) >= 8
     for command, printed in shown():
         words = shlex.split(command)
-        if words[0] == "HF_HUB_OFFLINE=1":  # which is read at the very start of a process
-            done = alone(words[2:], tmp_path)
+        if words[0] == "HF_HUB_OFFLINE=1":
+            done = alone(words[2:], tmp_path, HF_HUB_OFFLINE="1")
         else:
             done = vlm(*words[1:], folder=tmp_path, network="forbidden")
         found = [*done.err.splitlines(), *done.out.splitlines()]

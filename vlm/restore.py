@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
-from vlm.config.language import HuggingFaceLanguage, PublishedLanguage
 from vlm.config.load import load
 from vlm.config.section import Section
 from vlm.data.talk_batch import Reader, TalkForm
@@ -222,8 +221,8 @@ def _placed(model: schema.Model) -> dict[str, Section]:
     found: dict[str, Section] = {}
     for part in ("vision", "language"):
         settings = getattr(model, part)
-        if isinstance(settings, schema.PublishedVision | PublishedLanguage | HuggingFaceLanguage):
-            name = settings.name
-            if name is not None and (path := Path(name).expanduser()).exists():
-                found[part] = settings.model_copy(update={"name": str(path.resolve())})
+        if settings is None or settings.kind not in ("published", "huggingface") or settings.name is None:
+            continue
+        if (path := Path(settings.name).expanduser()).exists():
+            found[part] = settings.model_copy(update={"name": str(path.resolve())})
     return found

@@ -12,7 +12,6 @@ from vlm import build, checkpoint
 from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
-from vlm.config.section import Section
 from vlm.data.talk_batch import Reader, TalkForm
 from vlm.data.text import Tokenizer, load_tokenizer
 from vlm.model.language import Decoder
@@ -216,9 +215,9 @@ def relative_init(run: schema.Run, folder: Path) -> schema.Run:
     return run.model_copy(update={"model": run.model.model_copy(update={"init": moved, **_placed(run.model)})})
 
 
-def _placed(model: schema.Model) -> dict[str, Section]:
+def _placed(model: schema.Model) -> dict[str, object]:
     """Parts of published folders by their whole path, so that the run can be used from any working directory."""
-    found: dict[str, Section] = {}
+    found: dict[str, object] = {}
     for part in ("vision", "language"):
         settings = getattr(model, part)
         if settings is None or settings.kind not in ("published", "huggingface") or settings.name is None:

@@ -3,6 +3,7 @@
 What a command sees is what `python -m vlm` sees: its arguments, folder, standard input and output, signals, exit code.
 """
 
+import errno
 import importlib
 import io
 import json
@@ -17,9 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).parent.parent
+NO_NETWORK = "TEST_NO_NETWORK"
 STREAMS = ("stdin", "stdout", "stderr")
 
 
@@ -39,15 +41,24 @@ class Commands:
         self._server, self._scratch = server, scratch
 
     def __call__(
-        self, *arguments: object, folder: Path, stdin: str = "", meanwhile: Callable[[int, Path], None] | None = None
+        self,
+        *arguments: object,
+        folder: Path,
+        stdin: str = "",
+        meanwhile: Callable[[int, Path], None] | None = None,
+        network: Literal["open", "down", "forbidden"] = "open",
     ) -> Done:
-        """`meanwhile` gets the process's id and the file that its standard error goes to."""
+        """`meanwhile` gets the process's id and the file that its standard error goes to.
+
+        `network`: "down": nothing can be reached; "forbidden": a command that tries ends with code 99.
+        """
 
         def first(processes: list[int], errors: Path) -> None:
             if meanwhile is not None:
                 meanwhile(processes[0], errors)
 
-        return self._run([{}], *arguments, folder=folder, stdin=stdin, meanwhile=first)[0]
+        environment = {} if network == "open" else {NO_NETWORK: network}
+        return self._run([environment], *arguments, folder=folder, stdin=stdin, meanwhile=first)[0]
 
     def together(
         self,
@@ -143,12 +154,28 @@ def serve() -> None:
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in processes]), flush=True)
 
 
+def _refuse_networks(how: str) -> Callable[[str, tuple[object, ...]], None]:
+    """Python tells of every name that is looked up and every connection, whoever asks."""
+
+    def hook(event: str, _: tuple[object, ...]) -> None:
+        if event not in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+            return
+        if how == "down":
+            raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        os.write(2, f"the command reached for a network: {event}\n".encode())
+        os._exit(99)
+
+    return hook
+
+
 def _become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     for number, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY))):
         os.dup2(os.open(request[name], flags), number)
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")  # the parent's has read ahead
     os.chdir(request["folder"])
+    if NO_NETWORK in request["environment"]:
+        sys.addaudithook(_refuse_networks(request["environment"][NO_NETWORK]))
     sys.argv = ["vlm", *request["arguments"]]
     code = 0
     try:

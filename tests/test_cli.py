@@ -55,10 +55,13 @@ def test_arguments_arrive(vlm: Any) -> None:
     given = vlm("quickstart", "train.seed=1")
     assert given == (0, [((Path("runs/quickstart"),), {"overwrite": False, "overrides": ("train.seed=1",)})])
     sampling = {"max_new": 9, "min_new": 0, "temperature": 0.5, "top_k": None, "top_p": None}
-    sampling |= {"repetition_penalty": 1.0, "seed": 0, "question": None}
-    drawn = vlm("caption", "a.png", "-", "--model", "run", "--json", "--max-new", "9", "--temperature", "0.5")
+    sampling |= {"repetition_penalty": 1.0, "seed": 0, "question": None, "parts": {"vision": "eva.pth"}}
+    drawn = vlm(
+        *("caption", "a.png", "-", "--model", "run", "--json", "--part", "vision=eva.pth"),
+        *("--max-new", "9", "--temperature", "0.5"),
+    )
     assert drawn == (0, [(("run", ["a.png", "-"]), {"json": True, **sampling})])
-    plain = {"json": False, "caption": None, "k": 16}
+    plain = {"json": False, "caption": None, "k": 16, "parts": {}}
     assert vlm("evaluate", "a.tar", "b.tar", "-m", "run") == (0, [(("run", ["a.tar", "b.tar"]), plain)])
     given = vlm("shards", "preview", "a.tar", "--out", "s.jpg", "--count", "3")
     assert given == (0, [((["a.tar"], None, Path("s.jpg"), 3, 3), {})])

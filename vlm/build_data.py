@@ -23,6 +23,7 @@ from vlm.data.template import Template
 from vlm.data.text import Tokenizer, clip_tokenizer, load_tokenizer, train_bpe
 from vlm.model import vlm
 from vlm.model.published.hub import find
+from vlm.model.published.tokens import published_tokenizer
 from vlm.model.vlm import VisionLanguageModel, need
 from vlm.model.weights.files import fingerprint
 from vlm.nn.adapter import adapters
@@ -36,7 +37,7 @@ def tokenizer(settings: schema.Tokenizer, captions: Iterable[str]) -> Tokenizer:
         case schema.FileTokenizer(path=path):
             return load_tokenizer(Path(path))
         case schema.PublishedTokenizer(name=name):
-            return load_tokenizer(find(name), settings.add)
+            return published_tokenizer(find(name), settings.add)
         case schema.ClipTokenizer():
             return clip_tokenizer()
         case schema.BpeTokenizer(vocab=vocab):

@@ -25,6 +25,28 @@ model_option = click.option(
     help="The folder of a finished run, a published checkpoint (a folder or a file), or OWNER/NAME[@REVISION] of the "
     "Hugging Face hub.",
 )
+
+
+def _parts(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """NAME=SOURCE as a table."""
+    pairs = [part.partition("=") for part in given]
+    for part, (name, _equals, source) in zip(given, pairs, strict=True):
+        if not name or not source:
+            raise click.BadParameter(f"'{part}' is not NAME=SOURCE, such as vision=eva_vit_g.pth")
+    names = [name for name, *_rest in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise click.BadParameter(f"{twice} is given {names.count(twice)} times")
+    return {name: source for name, _equals, source in pairs}
+
+
+part_option = click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    callback=_parts,
+    metavar="NAME=SOURCE",
+    help="A part of a published checkpoint (vision, qformer, language) that lies elsewhere; may be repeated.",
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the run that the folder holds.")
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
@@ -110,6 +132,7 @@ def train(
 @app.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_option
+@part_option
 @json_option
 @click.option("--question", metavar="TEXT", help="What to answer about each image, by a model that answers questions.")
 @click.option("--max-new", type=int, help="Tokens of the longest caption; the model's own limit unless given.")
@@ -120,7 +143,12 @@ def train(
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
 @click.option("--seed", type=int, default=0, help="Of the draws.")
 def caption(
-    model: str, images: tuple[str, ...], json: bool, question: str | None, **sampling: int | float | None
+    model: str,
+    images: tuple[str, ...],
+    parts: dict[str, str],
+    json: bool,
+    question: str | None,
+    **sampling: int | float | None,
 ) -> None:
     """Describe images, or answer a question about each.
 
@@ -128,17 +156,20 @@ def caption(
     """
     from vlm.eval.run import caption as describe
 
-    describe(model, list(images), json=json, question=question, **sampling)  # type: ignore[arg-type]  # click made each of its type
+    describe(model, list(images), json=json, parts=parts, question=question, **sampling)  # type: ignore[arg-type]  # click made each of its type
 
 
 @app.command()
 @click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
 @model_option
+@part_option
 @json_option
 @click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
 @click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
 @pipe_option
-def evaluate(model: str, shards: tuple[str, ...], json: bool, caption: str | None, k: int) -> None:
+def evaluate(
+    model: str, shards: tuple[str, ...], parts: dict[str, str], json: bool, caption: str | None, k: int
+) -> None:
     """Measure image-text retrieval.
 
     Recall at 1, 5 and 10, text to image and image to text. SHARDS are tar files, folders of them, patterns such as
@@ -146,7 +177,7 @@ def evaluate(model: str, shards: tuple[str, ...], json: bool, caption: str | Non
     """
     from vlm.eval.run import evaluate as measure
 
-    measure(model, list(shards), json=json, caption=caption, k=k)
+    measure(model, list(shards), json=json, caption=caption, k=k, parts=parts)
 
 
 @app.command("config")

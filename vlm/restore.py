@@ -198,7 +198,10 @@ def restore(folder: Path, device: torch.device | None = None) -> Trained:
 
 
 def relative_init(run: schema.Run, folder: Path) -> schema.Run:
-    """Settings whose `init` folders are told from the run's own, where both lie side by side: such a tree can move."""
+    """Settings whose `init` folders are told from the run's own, where both lie side by side: such a tree can move.
+
+    Published folders under parts are told by their whole path.
+    """
     moved = {}
     for part, source in run.model.init.items():
         if source is None:
@@ -210,4 +213,16 @@ def relative_init(run: schema.Run, folder: Path) -> schema.Run:
         path = found.resolve()
         beside = path.parent == folder.resolve().parent
         moved[part] = os.path.relpath(path, folder.resolve()) if beside else str(path)
-    return run.model_copy(update={"model": run.model.model_copy(update={"init": moved})})
+    return run.model_copy(update={"model": run.model.model_copy(update={"init": moved, **_placed(run.model)})})
+
+
+def _placed(model: schema.Model) -> dict[str, object]:
+    """Parts of published folders by their whole path, so that the run can be used from any working directory."""
+    found: dict[str, object] = {}
+    for part in ("vision", "language"):
+        settings = getattr(model, part)
+        if settings is None or settings.kind not in ("published", "huggingface") or settings.name is None:
+            continue
+        if (path := Path(settings.name).expanduser()).exists():
+            found[part] = settings.model_copy(update={"name": str(path.resolve())})
+    return found

@@ -13,9 +13,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.parity.decoders import filled, ids, logit_gap, worst_gap
 from tests.parity.noise import gap
-from tests.parity.small_llama import PLAIN, THEIRS
 from vlm.model.weights.gguf import gguf_table, gguf_to_ours, gguf_to_theirs, load_gguf
 
+THEIRS = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "attn_implementation": "eager",
+}
+PLAIN = {"rope_type": "default", "rope_theta": 5000.0}
 CONTROL, NORMAL = 3, 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADS, KV_HEADS = THEIRS["num_attention_heads"], THEIRS["num_key_value_heads"]

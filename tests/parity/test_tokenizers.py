@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import shutil
+import string
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -310,3 +311,16 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: holds no table of settings"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_siglip_s_texts_lose_their_punctuation(lower: bool, tmp_path: Path) -> None:
+    config = {"tokenizer_class": "SiglipTokenizer", "do_lower_case": lower, "pad_token": "</s>"}
+    ours = load_tokenizer(folder_of(tmp_path / "siglip", "t5", "spiece.model", tokenizer_config=config))
+    plain = load_tokenizer(folder_of(tmp_path / "t5", "t5", "spiece.model"))
+    without = str.maketrans("", "", string.punctuation)  # as big_vision and transformers' SiglipTokenizer have it
+    for text in ["A red  square, (and) a Fox's tail!", "  What?\n50% \u2013 naïve_Café ", *LINES[:40]]:
+        clean = (text.lower() if lower else text).translate(without)
+        assert ours.encode(text) == plain.encode(re.sub(r"\s+", " ", clean).strip())
+    assert plain.encode("A red, square") != ours.encode("A red, square")
+    assert ours.pad == ours.eos

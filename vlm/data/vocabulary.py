@@ -1,6 +1,8 @@
 """Published vocabularies in whichever files they come, as a `tokenizers.Tokenizer`."""
 
 import json
+import re
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,11 +102,20 @@ def _from_json(file: Path) -> tokenizers.Tokenizer:
 
 
 def _from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
-    inner = read_sentencepiece(file)
-    size, extra = inner.get_vocab_size(), beside(file, "tokenizer_config.json").get("extra_ids", 0)
+    inner, config = read_sentencepiece(file), beside(file, "tokenizer_config.json")
+    if str(config.get("tokenizer_class")).startswith("Siglip"):
+        inner.normalizer = normalizers.Sequence([*_siglip(bool(config.get("do_lower_case", True))), inner.normalizer])
+    size, extra = inner.get_vocab_size(), config.get("extra_ids", 0)
     # T5's sentinels count down.
     sentinels = {size + extra - 1 - i: AddedToken(f"<extra_id_{i}>", special=True) for i in range(extra)}
     return _with_added(_add(inner, file, sentinels), file)
+
+
+def _siglip(lower: bool) -> list[normalizers.Normalizer]:
+    """What SigLIP's own tokenizer does to a text before SentencePiece sees it: no punctuation, spaces put right."""
+    punctuation = Regex(f"[{re.escape(string.punctuation)}]")
+    steps = [normalizers.Replace(punctuation, ""), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    return [normalizers.Lowercase(), *steps] if lower else steps
 
 
 def _from_merges(file: Path) -> tokenizers.Tokenizer:

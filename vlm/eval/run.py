@@ -2,7 +2,7 @@
 
 import json as jsonlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,19 @@ ANSWER = 256  # tokens of the longest answer, unless told otherwise
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-def evaluate(model: str, shards: Sequence[str], json: bool = False, caption: str | None = None, k: int = 16) -> None:
-    """Prints recall both ways, by ITC and (if the model has the head) re-ranked by ITM; `model`: as of `open_model`."""
-    result = retrieval(open_model(model, best_device()), shards, caption, k)
+def evaluate(
+    model: str,
+    shards: Sequence[str],
+    json: bool = False,
+    caption: str | None = None,
+    k: int = 16,
+    parts: Mapping[str, str] | None = None,
+) -> None:
+    """Prints recall both ways, by ITC and (if the model has the head) re-ranked by ITM.
+
+    `model`, `parts`: as of `open_model`.
+    """
+    result = retrieval(open_model(model, best_device(), parts), shards, caption, k)
     print(jsonlib.dumps(result, indent=1) if json else as_text(result))
 
 
@@ -102,20 +112,22 @@ def caption(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     question: str | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> None:
     """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1.
 
-    `model`: as of `open_model`. `max_new`: tokens of the longest caption, as long as those that the model was trained
-    on unless given, of answers at most ANSWER; the rest as in `Sampling`. `question`: what is answered about each.
+    `model`, `parts`: as of `open_model`. `max_new`: tokens of the longest caption, as long as those that the model was
+    trained on unless given, of answers at most ANSWER; the rest as in `Sampling`. `question`: what is answered about
+    each.
     """
     Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
     paths = list(find_images(images))
-    trained = open_model(model, best_device())
+    trained = open_model(model, best_device(), parts)
+    data = trained.data
     if not trained.writes:
         raise ValueError(f"{model} was trained without lm, so it cannot write captions")
     if best_device().type == "cpu":
         lay_out_for_decoding(trained.model)
-    data = trained.data
     if question is not None and not isinstance(data, ChatData):
         raise ValueError(f"--question: {model} was trained on captions ({data.kind}), not to answer questions")
     decoding: Decoding

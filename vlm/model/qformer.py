@@ -155,6 +155,11 @@ class TextBranch(nn.Module):
         self.head = nn.Linear(dim, vocabulary) if head == "own" else None
         self.bias = nn.Parameter(torch.zeros(vocabulary)) if head == "tied" else None
 
+    @property
+    def writes(self) -> bool:
+        """Whether it has a vocabulary head."""
+        return self.head is not None or self.bias is not None
+
     def forward(self, ids: Int[Tensor, "M T"], position: Int[Tensor, "M T"]) -> Float[Tensor, "M T D"]:
         """Embeddings before the Q-Former's embedding norm."""
         if ids.shape[1] > self.max_tokens:

@@ -39,9 +39,7 @@ def language_part(values: Mapping[str, Any], where: str) -> Part:
     are quantised.
     """
     family = values.get("model_type")
-    if (packed := values.get("quantization_config")) is not None:
-        method = packed.get("quant_method", "unknown") if isinstance(packed, Mapping) else packed
-        raise ValueError(f"{where}: its weights are quantised ({method}); give the checkpoint they were made from")
+    refuse_quantised(values, where)
     if family in _LATENT:
         raise ValueError(
             f"{where}: model_type={family!r}: its attention is multi-head latent attention (MLA), which vlm does not "
@@ -57,3 +55,15 @@ def language_part(values: Mapping[str, Any], where: str) -> Part:
         )
     known = FAMILIES[family]
     return known.build(Settings(values, where, known.defaults))
+
+
+def known_language(values: Mapping[str, Any]) -> bool:
+    """Whether these are the settings of a language model, be it one that is refused by its name."""
+    return values.get("model_type") in (*FAMILIES, *_LATENT) or "decoder_retention_heads" in values
+
+
+def refuse_quantised(values: Mapping[str, Any], where: str) -> None:
+    """ValueError: settings of weights that were quantised."""
+    if (packed := values.get("quantization_config")) is not None:
+        method = packed.get("quant_method", "unknown") if isinstance(packed, Mapping) else packed
+        raise ValueError(f"{where}: its weights are quantised ({method}); give the checkpoint they were made from")

@@ -127,13 +127,14 @@ def lavis_system(
 
 def _refuse(where: str, wanted: Mapping[str, str], given: set[str]) -> None:
     """ValueError: parts that are missing, or that this system does not have."""
-    if missing := [f"parts.{name}: {words}" for name, words in wanted.items() if name not in given]:
-        raise ValueError(f"{where}: holds a part of a system; give the rest of it as {'; '.join(missing)}")
+    if missing := [f"{name}: {words}" for name, words in wanted.items() if name not in given]:
+        raise ValueError(
+            f"{where}: holds a part of a system; give the rest of it as parts (--part NAME=SOURCE): "
+            + "; ".join(missing)
+        )
     known = {"vision", "qformer", *wanted}
     if extra := sorted(given - known):
-        raise ValueError(
-            f"{where}: has no use for parts.{', parts.'.join(extra)}; there are {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{where}: has no use for part {', '.join(extra)}; there are {', '.join(sorted(known))}")
 
 
 def _projection(main: Weights) -> str | None:

@@ -1,7 +1,7 @@
 """LLaVA and LLaVA-1.5 (Liu et al. 2023, arXiv 2304.08485 and 2310.03744) from the settings in their config.json."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from vlm.data.image import ImageTransform
 from vlm.model.connector import MlpConnector
@@ -35,8 +35,8 @@ DEPTHS = {"linear": 1, "mlp2x_gelu": 2}
 def llava_part(values: Mapping[str, Any], where: str, transform: ImageTransform | None = None) -> Part:
     """What a config.json of model_type "llava" describes, as on the hub or as in the authors' own folders.
 
-    The authors' folders hold no image tower: its weights must come from elsewhere. ValueError: a setting that our
-    parts do not have.
+    The authors' folders hold no image tower: its weights must come from elsewhere, and its settings may be added as
+    "vision_config". ValueError: a setting that our parts do not have.
     """
     if "mm_vision_tower" in values:
         return _original(Settings(values, where, {}), transform)
@@ -59,13 +59,13 @@ CHOICES = ("default", "full")
 def _original(s: Settings, transform: ImageTransform | None) -> Part:
     """As the authors' code saves it: a Llama's settings, and of the tower only its name."""
     s.expect(
-        mm_projector_type=tuple(DEPTHS), mm_vision_select_feature=("patch", "cls_patch"), mm_use_im_start_end=(False,)
+        mm_projector_type=tuple(DEPTHS),
+        mm_vision_select_feature=("patch", "cls_patch"),
+        mm_use_im_start_end=(False,),
+        image_aspect_ratio=(None, "square", "pad"),
     )
-    large = "336" in s["mm_vision_tower"]
-    if "clip-vit-large-patch14" not in s["mm_vision_tower"]:
-        raise ValueError(f"{s.where}: mm_vision_tower={s['mm_vision_tower']!r}: only CLIP's ViT-L/14 is known here")
     vision = clip_vision_part(
-        {**TOWER, "image_size": 336 if large else 224},
+        _tower(s),
         f"{s.where}: mm_vision_tower",
         layer=_layer(s, "mm_vision_select_layer"),
         class_token="drop" if s.get("mm_vision_select_feature", "patch") == "patch" else "keep",
@@ -73,6 +73,16 @@ def _original(s: Settings, transform: ImageTransform | None) -> Part:
     )
     language = language_part({**s.given, "model_type": "llama"}, s.where)
     return _composed(vision, language, DEPTHS[s.get("mm_projector_type", "linear")], original=True)
+
+
+def _tower(s: Settings) -> Mapping[str, Any]:
+    """Settings of the image tower: those of the folder that it was found in, or of CLIP's, which it is named after."""
+    name = s["mm_vision_tower"]
+    if "vision_config" in s:
+        return cast(Mapping[str, Any], s["vision_config"])
+    if "clip-vit-large-patch14" not in name:
+        raise ValueError(f"{s.where}: mm_vision_tower={name!r}: without its folder only CLIP's ViT-L/14 is known here")
+    return {**TOWER, "image_size": 336 if "336" in name else 224}
 
 
 def _composed(vision: Part, language: Part, depth: int, original: bool = False) -> Part:

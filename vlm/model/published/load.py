@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,11 +12,14 @@ from vlm.model.language import Language
 from vlm.model.published.hub import find, pinned
 from vlm.model.published.language import language_part
 from vlm.model.published.lavis import contents, lavis_language, lavis_system
-from vlm.model.published.systems import settings_of, system_part, vision_part
+from vlm.model.published.part import Part
+from vlm.model.published.systems import look_as, settings_of, system_part, vision_part
 from vlm.model.vision import ClassToken, ImageEncoder
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.fill import Source, fill_from
+from vlm.model.weights.gguf import open_gguf
 from vlm.model.weights.hollow import hollow
+from vlm.model.weights.layout import GGUF
 from vlm.model.weights.source import Weights, open_weights
 from vlm.model.weights.table import Table
 
@@ -53,19 +56,21 @@ def open_checkpoint(name: str, parts: Mapping[str, str] | None = None, revision:
     setting that our parts do not have, a part that is missing.
     """
     path = find(name, revision)
-    weights = open_weights(path)
     others = {part: find(source) for part, source in (parts or {}).items()}
-    values = settings_of(path)
-    with hollow():
-        if not values and contents(weights) & {"qformer", "projection"}:
+    if "vision" not in others and (tower := _tower(path)) is not None:
+        others["vision"] = _found(tower, path)
+    values, weights, part = _whole(path, others.get("vision"))
+    if part is None:
+        with hollow():
             return _lavis(path, weights, others)
-        part = system_part(values, path, weights)
     assert isinstance(part.module, VisionLanguageModel)
     own = part.table
     for other in others:
         if getattr(part.module, other, None) is None:
-            raise ValueError(f"parts.{other}: {path} has no such part")
+            raise ValueError(f"part {other}: {path} has no such part")
         own = own.without(f"{other}.")
+    if (eyes := others.get("vision")) is not None:
+        look_as(part, eyes, values)
     beside = [_beside(part.table, other, place) for other, place in others.items()]
     return Checkpoint(path, values, part.module, part.table, [Source(own, weights), *beside])
 
@@ -149,11 +154,56 @@ def fill_piece(
             encoder.backbone.to(memory_format=torch.channels_last)
 
 
+def _whole(path: Path, tower: Path | None = None) -> tuple[dict[str, Any], Weights, Part | None]:
+    """Settings, weights and system of a folder or file; no system where it is a part of LAVIS' or MiniGPT-4's alone.
+
+    `tower`: where the image encoder of the authors' own LLaVA lies, of which their settings hold only the name.
+    """
+    if path.suffix == GGUF and path.is_file():
+        return _gguf(path)
+    weights, values = open_weights(path), settings_of(path)
+    if "mm_vision_tower" in values and tower is not None and (seen := settings_of(tower)):
+        values["vision_config"] = {"model_type": "clip_vision_model", **seen.get("vision_config", seen)}
+    if not values and contents(weights) & {"qformer", "projection"}:
+        return values, weights, None
+    with hollow():
+        return values, weights, system_part(values, path, weights)
+
+
+def _tower(path: Path) -> str | None:
+    """By which name the authors' own LLaVA finds its image encoder; None where the folder holds it, or is another."""
+    name: str | None = settings_of(path).get("mm_vision_tower")
+    return None if name is None or any("vision_tower." in each for each in open_weights(path)) else name
+
+
+def _found(tower: str, path: Path) -> Path:
+    try:
+        return find(tower)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: its image encoder lies elsewhere (give its folder by --part vision=FOLDER): {error}"
+        ) from None
+
+
+def _gguf(path: Path) -> tuple[dict[str, Any], Weights, Part]:
+    """A language model with the names that GGUF has for its tensors."""
+    found = open_gguf(path)
+    with hollow():
+        part = language_part(found.values, str(path))
+    alone = VisionLanguageModel(language=cast(Language, part.module))
+    return found.values, found.weights, Part(alone, found.table.under("", "language."))
+
+
 def _beside(own: Table, part: str, path: Path) -> Source:
     """A part's weights that lie elsewhere: in a system's folder, or in a file that names them as `own` does."""
-    weights, values = open_weights(path), settings_of(path)
-    table = system_part(values, path, weights).table if values else own
-    return Source(table.only(f"{part}.").under("", f"{part}."), weights)
+    if path.is_dir() or path.suffix == GGUF:
+        _, weights, found = _whole(path)
+        table = own if found is None else found.table
+    else:
+        weights, table = open_weights(path), own
+    if not (only := table.only(f"{part}.")).rows:
+        raise ValueError(f"part {part}: {path} has no such part")
+    return Source(only.under("", f"{part}."), weights)
 
 
 def _lavis(path: Path, weights: Weights, others: Mapping[str, Path]) -> Checkpoint:

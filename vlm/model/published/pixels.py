@@ -1,6 +1,7 @@
 """The image transform that comes with a checkpoint: preprocessor_config.json of Hugging Face."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vlm.data.image import ImageTransform, Resize
@@ -60,6 +61,11 @@ def image_transform(values: Mapping[str, Any], where: str, pad: bool = False) ->
         fill=_colour(mean) if pad else (0, 0, 0),
         floored=True,
     )
+
+
+def padded(transform: ImageTransform) -> ImageTransform:
+    """The same with pictures padded to a square first, in the mean colour (LLaVA-1.5)."""
+    return replace(transform, resize="padded", fill=_colour(transform.mean))
 
 
 def _edges(s: Settings) -> tuple[Resize, tuple[int, int]]:

@@ -12,20 +12,24 @@ from vlm.model.published.blip2 import blip2_part
 from vlm.model.published.clip import clip_part, clip_vision_part, openai_clip_part
 from vlm.model.published.family import unknown_family
 from vlm.model.published.hub import read_json
-from vlm.model.published.language import language_part
+from vlm.model.published.language import known_language, language_part, refuse_quantised
 from vlm.model.published.llava import llava_part
 from vlm.model.published.open_clip import open_clip_part
-from vlm.model.published.part import Part
-from vlm.model.published.pixels import image_transform
-from vlm.model.published.siglip import siglip_part
+from vlm.model.published.part import Part, Settings
+from vlm.model.published.pixels import image_transform, padded
+from vlm.model.published.siglip import SIGLIP_VISION, siglip_part, siglip_vision
+from vlm.model.published.tokens import has_tokenizer
 from vlm.model.published.vit import blip2_vit, timm_part, vit_part
 from vlm.model.text import TextTower
 from vlm.model.vision import ImageEncoder
 from vlm.model.vlm import VisionLanguageModel
+from vlm.model.weights.bert import bert_table
 from vlm.model.weights.llama import llama_table
-from vlm.model.weights.open_clip import hf_clip_table, open_clip_table
+from vlm.model.weights.open_clip import hf_clip_table, hf_siglip_vision_table, open_clip_table
 from vlm.model.weights.opt import opt_table
 from vlm.model.weights.source import Weights
+from vlm.model.weights.t5 import t5_table
+from vlm.model.weights.table import Table
 
 CONFIG, OPEN_CLIP, PIXELS = "config.json", "open_clip_config.json", "preprocessor_config.json"
 
@@ -41,7 +45,6 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 SYSTEMS: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
     "clip": clip_part,
-    "siglip": siglip_part,
     "blip-2": blip2_part,
     "instructblip": blip2_part,
     "llava": llava_part,
@@ -57,12 +60,24 @@ def system_part(values: Mapping[str, Any], path: Path, weights: Weights) -> Part
     if not path.is_dir():
         return _of_file(path, weights)
     if "model_cfg" in values:
-        pad = load_tokenizer(path).pad if (path / "tokenizer.json").is_file() else None
+        pad = load_tokenizer(path).pad if has_tokenizer(path) else None
         return open_clip_part(values, str(path / OPEN_CLIP), pad)
     where, family = str(path / CONFIG), str(values.get("model_type"))
-    part = SYSTEMS[family](values, where) if family in SYSTEMS else _alone(_of_one_part(values, where, weights))
-    _look_as(part, path, values)
+    refuse_quantised(values, where)
+    if family == "siglip":
+        part = _siglip(values, path)
+    elif family in SYSTEMS:
+        part = SYSTEMS[family](values, where)
+    else:
+        part = _alone(_of_one_part(values, where, weights))
+    look_as(part, path, values)
     return part
+
+
+def _siglip(values: Mapping[str, Any], path: Path) -> Part:
+    """With the padding of the tokenizer that lies beside it, which SigLIP's texts see."""
+    pad = load_tokenizer(path).pad if has_tokenizer(path) else None
+    return siglip_part(values, str(path / CONFIG), pad=pad)
 
 
 def _of_one_part(values: Mapping[str, Any], where: str, weights: Weights) -> Part:
@@ -73,17 +88,31 @@ def _of_one_part(values: Mapping[str, Any], where: str, weights: Weights) -> Par
             return vit_part(values, where)
         case "bert":
             return text_part(values, where, any("pooler" in name for name in weights))
-        case _:
+        case _ if known_language(values):
             return language_part(values, where)
+        case other:
+            told = unknown_family(weights, _families(), where)
+            raise ValueError(f"{told}; its model_type is {other!r}")
 
 
-def _look_as(part: Part, path: Path, values: Mapping[str, Any]) -> None:
-    """Gives the image encoder the transform that lies beside the weights, if one does."""
+def look_as(part: Part, path: Path, values: Mapping[str, Any]) -> None:
+    """Gives the image encoder the transform that lies in a folder, if one does.
+
+    ValueError: it is for pictures of another size.
+    """
     transform, encoder = transform_of(path, values), getattr(part.module, "vision", None)
-    if transform is None or not isinstance(encoder, ImageEncoder):
+    if not isinstance(encoder, ImageEncoder):
+        return
+    if transform is None:  # LLaVA's own folders say only this
+        pads = values.get("image_aspect_ratio") == "pad"
+        encoder.transform = padded(encoder.transform) if pads else encoder.transform
         return
     if transform.size != encoder.transform.size:
-        raise ValueError(f"{path}: {PIXELS} says pictures of {transform.size}, {CONFIG} of {encoder.transform.size}")
+        height, width = transform.size
+        raise ValueError(
+            f"{path}: {PIXELS} makes pictures of {height} x {width}, and the image encoder of {CONFIG} takes "
+            f"{encoder.transform.size[0]} x {encoder.transform.size[1]}: one of the two is another model's"
+        )
     encoder.transform = transform
 
 
@@ -94,10 +123,13 @@ def vision_part(values: Mapping[str, Any], where: str) -> Part:
             return clip_vision_part(values, where)
         case "blip_2_vision_model" | "instructblip_vision_model":
             return blip2_vit(values, where)
+        case "siglip_vision_model":
+            encoder = siglip_vision(Settings(values, where, SIGLIP_VISION))
+            return Part(encoder, hf_siglip_vision_table(encoder.dim))
         case "vit":
             return vit_part(values, where)
         case other:
-            known = "clip_vision_model, blip_2_vision_model, vit"
+            known = "clip_vision_model, blip_2_vision_model, siglip_vision_model, vit"
             raise ValueError(f"{where}: model_type={other!r} is no image encoder known here ({known})")
 
 
@@ -127,11 +159,17 @@ def _alone(part: Part) -> Part:
 def _of_file(path: Path, weights: Weights) -> Part:
     if "visual.conv1.weight" in weights or "visual.layer1.0.conv1.weight" in weights:
         return openai_clip_part({name: tuple(tensor.shape) for name, tensor in weights.items()}, str(path))
-    families = {
+    remedy = "; a file alone is read of OpenAI's CLIP, LAVIS and MiniGPT-4: give the folder with its config.json"
+    raise ValueError(unknown_family(weights, _families(), str(path)) + remedy)
+
+
+def _families() -> dict[str, Table]:
+    """What unknown weights are compared with."""
+    return {
         "OpenAI's CLIP": open_clip_table(),
-        "CLIP of Hugging Face": hf_clip_table(),
+        "CLIP": hf_clip_table(),
         "Llama": llama_table(tied=False),
         "OPT": opt_table(),
+        "T5": t5_table(tied=False, gated=True),
+        "BERT": bert_table(),
     }
-    remedy = "; a file alone is read of OpenAI's CLIP, LAVIS and MiniGPT-4: give the folder with its config.json"
-    raise ValueError(unknown_family(weights, families, str(path)) + remedy)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -104,7 +104,23 @@ class InMemory:
         out.copy_(self.tensor)
 
 
-Stored = InFile | InMemory
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor of some format of files."""
+
+    @property
+    def like(self) -> Tensor:
+        """Its shape, type and strides, on the meta device."""
+        ...
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """File and position, by which tensors are best read in order."""
+        ...
+
+    def into(self, out: Tensor, buffer: Tensor) -> None:
+        """Copies it into a dense tensor of its shape, of any type, on any device; `buffer`: bytes to do it with."""
+        ...
 
 
 class Weights(Mapping[str, Tensor]):

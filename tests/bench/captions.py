@@ -1,7 +1,7 @@
 """Captions of pictures by BLIP-2 and LLaVA of 350M parameters: ours beside transformers' `generate`, whole captions.
 
-Same weights, written by transformers and opened by `load`; in fp32 the same tokens, which is checked. Encoder, connector,
-prompt and 20 new tokens are timed, and how often a picture passes the encoder is counted on both sides.
+Same weights, written by transformers and opened by `load`; in fp32 the same tokens, which is checked. Encoder,
+connector, prompt and 20 new tokens are timed, and how often a picture passes the encoder is counted on both sides.
     python -m tests.bench.captions [--systems blip2 llava t5] [--beams 1 5] [--pictures 1 8] [--types fp32 bf16]
 """
 
@@ -10,6 +10,7 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,9 +65,7 @@ def blip2(text: OPTConfig | T5Config) -> PreTrainedModel:
         "cross_attention_frequency": 2, "encoder_hidden_size": VIT["hidden_size"],
     }  # fmt: skip
     sizes = {"num_query_tokens": QUERIES, "image_token_id": IMAGE, "image_token_index": IMAGE}
-    config = Blip2Config(
-        vision_config={**VIT, **PICTURE}, qformer_config=qformer, text_config=text.to_dict(), **sizes
-    )
+    config = Blip2Config(vision_config={**VIT, **PICTURE}, qformer_config=qformer, text_config=text.to_dict(), **sizes)
     return Blip2ForConditionalGeneration(config)
 
 
@@ -151,9 +150,7 @@ def our_captions(
     return run
 
 
-def their_captions(
-    model: PreTrainedModel, shape: Shape, images: Tensor, beams: int
-) -> Callable[[], list[list[int]]]:
+def their_captions(model: PreTrainedModel, shape: Shape, images: Tensor, beams: int) -> Callable[[], list[list[int]]]:
     """Theirs, new tokens alone."""
     ids = prompt(shape, len(images))
     given = {"input_ids": ids.masked_fill(ids == IMAGE_ID, IMAGE), "attention_mask": torch.ones_like(ids)}
@@ -226,9 +223,8 @@ def main() -> None:
             written(SHAPES[name], Path(folder))
             for kind in types:
                 pair = opened(SHAPES[name], Path(folder), TYPES[kind])
-                for rows in given.pictures:
-                    for beams in given.beams:
-                        section(name, kind, pair, rows, beams)
+                for rows, beams in product(given.pictures, given.beams):
+                    section(name, kind, pair, rows, beams)
                 del pair
                 gc.collect()
 

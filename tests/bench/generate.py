@@ -1,6 +1,7 @@
 """Captions from 32 prefix embeddings by a Llama-like decoder of 124M parameters: ours beside transformers' `generate`.
 
-Same weights; in fp32 the same tokens, which is checked. Ours lies in memory as `vlm caption` lays it out.
+Same weights; in fp32 the same tokens, which is checked. Ours lies in memory as `lay_out_for_decoding` lays it
+out; `vlm caption` packs it where more than two rows are written, which tests.bench.captions measures.
     python -m tests.bench.generate [greedy1 greedy8 beam1 beam8]
 """
 

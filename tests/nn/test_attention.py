@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.nn.test_rotary import turned
-from vlm.nn.attention import Attention, CrossAttention, merge_heads, split_heads
+from vlm.nn.attention import Attention, CrossAttention, attend, merge_heads, split_heads
 from vlm.nn.context import Context
 from vlm.nn.rotary import Rotary
 from vlm.nn.tokens import Tokens
@@ -104,6 +104,26 @@ def test_norms_of_heads_keep_the_type_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y, state = attention(tokens.x, Context(tokens, tokens.visibility(), Rotary(2)(tokens.position)))
     assert {y.dtype, state.key.dtype, state.value.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kv_heads", [H, 2])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+def test_bf16_is_that_of_single_queries_in_fp32(kv_heads: int, queries: int, added: bool) -> None:
+    make = torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(B, count, length, 16, generator=make).bfloat16()
+        for count, length in ((H, queries), (kv_heads, S), (kv_heads, S))
+    )
+    seen = torch.rand(B, queries, S, generator=make) > 0.4
+    seen[..., 0] = True
+    mask = torch.zeros(B, 1, queries, S, dtype=torch.bfloat16).masked_fill(~seen[:, None], -torch.inf)
+    found = attend(query, key, value, mask if added else seen[:, None], grouped=kv_heads != H)
+    expected = naive(query.float(), key.float(), value.float(), seen)
+    assert found.dtype == torch.bfloat16
+    if queries == 1:  # rounded but once, at the end; a last bit may fall the other way
+        torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_remembers_keys_of_the_past() -> None:

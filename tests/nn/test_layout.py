@@ -23,10 +23,17 @@ def apply(module: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def noised(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module
+
+
 MODULES = {
     "retention": lambda: Retention(DIM, 2, 24),
     "attention": lambda: Attention(DIM, 4),
     "grouped attention": lambda: Attention(DIM, 4, 2),
+    "attention with biases": lambda: noised(Attention(DIM, 4, 2, bias=True)),
     "gated": lambda: GatedMlp(DIM, 40),
 }
 
@@ -65,6 +72,16 @@ def test_a_weight_that_was_replaced_is_used() -> None:
         torch.testing.assert_close(module(x), expected)
 
 
+def test_a_bias_that_was_replaced_is_used() -> None:
+    module = noised(Attention(DIM, 4, bias=True))
+    lay_out_for_decoding(module)
+    x = torch.randn(2, 5, DIM)
+    with torch.no_grad():
+        before = apply(module, x)
+        module.value.bias = nn.Parameter(module.value.bias + 1)
+        torch.testing.assert_close(apply(module, x), before + module.out.weight.sum(1))
+
+
 def test_layers_of_another_kind_are_applied_one_by_one() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -79,13 +96,12 @@ def test_layers_of_another_kind_are_applied_one_by_one() -> None:
         torch.testing.assert_close(module(x), expected)
 
 
-def test_biases_are_not_forgotten() -> None:
-    module = Attention(DIM, 4, bias=True)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
+def test_biases_of_some_layers_are_not_forgotten() -> None:
+    module = noised(Attention(DIM, 4, bias=True, key_bias=False))
     x = torch.randn(2, 5, DIM)
     expected = apply(module, x)
     lay_out_for_decoding(module)
+    assert joined(weights(module)) is None
     with torch.no_grad():
         torch.testing.assert_close(apply(module, x), expected)
 

@@ -16,12 +16,13 @@ from vlm.data.sources import Source
 from vlm.data.talk import ask
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
+from vlm.model.beam import Beams
 from vlm.model.describe import answer, describe
+from vlm.model.fast import prepare_for_decoding
 from vlm.model.generate import Decoding, Sampling
 from vlm.model.transcribe import one_line
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device, fast_float32
-from vlm.nn.layout import lay_out_for_decoding
 from vlm.ready import open_model
 from vlm.restore import Ready
 
@@ -126,8 +127,6 @@ def caption(
     data = trained.data
     if not trained.writes:
         raise ValueError(f"{model} was trained without lm, so it cannot write captions")
-    if best_device().type == "cpu":
-        lay_out_for_decoding(trained.model)
     if question is not None and not isinstance(data, ChatData):
         raise ValueError(f"--question: {model} was trained on captions ({data.kind}), not to answer questions")
     decoding: Decoding
@@ -137,6 +136,9 @@ def caption(
         usual = min(data.max_tokens, ANSWER) if isinstance(data, ChatData) else data.max_tokens
         longest = usual if max_new is None else max_new
         decoding = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
+    if best_device().type == "cpu":
+        width = decoding.width if isinstance(decoding, Beams) else 1
+        prepare_for_decoding(trained.model, min(BATCH, len(paths)) * width)
     generator = torch.Generator(best_device()).manual_seed(seed)
     bad = 0
     for start in range(0, len(paths), BATCH):

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary, dim)
         self.positions = positions
         self.stack = stack
-        self.head = None if tied else nn.Linear(dim, vocabulary, bias=False)
+        self.head: nn.Module | None = None if tied else nn.Linear(dim, vocabulary, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

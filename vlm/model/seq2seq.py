@@ -40,7 +40,7 @@ class EncoderDecoder(nn.Module):
         self.dim, self.vocabulary, self.scale, self.start = dim, vocabulary, scale, start
         self.embedding = nn.Embedding(vocabulary, dim)
         self.encoder, self.decoder = encoder, decoder
-        self.head = None if tied else nn.Linear(dim, vocabulary, bias=False)
+        self.head: nn.Module | None = None if tied else nn.Linear(dim, vocabulary, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,8 +81,11 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*K D"]) -> Float[Tensor, "*K V"]:
         """Next-token logits."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return nn.functional.linear(hidden if self.scale == 1.0 else hidden * self.scale, weight)
+        scaled = hidden if self.scale == 1.0 else hidden * self.scale
+        if self.head is None:
+            return nn.functional.linear(scaled, self.embedding.weight)
+        out: Tensor = self.head(scaled)
+        return out
 
 
 def t5(

@@ -81,15 +81,8 @@ class Attention(nn.Module):
         if context.angles is not None and self.rotated:
             query, key = rotate(query, context.angles), rotate(key, context.angles)
         state, key, value, (mask, is_causal) = self.memory(past, key, value, context)
-        y = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=is_causal,
-            scale=self.scale,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        grouped = self.kv_heads != self.heads
+        y = attend(query, key, value, mask, is_causal, self.scale, grouped)
         return call(self.out, merge_heads(y), tokens), state
 
     def readers(self) -> tuple[nn.Module, ...]:
@@ -135,7 +128,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B S D"], image: "ImageKeyValue") -> Float[Tensor, "B S D"]:
         """Every token looks at all that is not padding."""
         query = split_heads(self.query(x), self.heads)
-        y = scaled_dot_product_attention(query, image.key, image.value, attn_mask=image.seen, scale=self.scale)
+        y = attend(query, image.key, image.value, image.seen, scale=self.scale)
         out: Tensor = self.out(merge_heads(y))
         return out
 
@@ -150,6 +143,30 @@ class ImageKeyValue(NamedTuple):
     def select(self, index: Int[Tensor, "R"]) -> "ImageKeyValue":
         """Rows picked by index, with repeats."""
         return ImageKeyValue(self.key[index], self.value[index], None if self.seen is None else self.seen[index])
+
+
+def attend(
+    query: Float[Tensor, "B H S K"],
+    key: Float[Tensor, "B G T K"],
+    value: Float[Tensor, "B G T K"],
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    grouped: bool = False,
+) -> Float[Tensor, "B H S K"]:
+    """torch's attention; `mask` as in `Visibility`, `grouped`: fewer key heads than query heads.
+
+    One bf16 query on a CPU is computed in fp32: there the cast of all keys and torch's kernel for fp32 take less than
+    half the time of its kernel for bf16.
+    """
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and query.shape[2] == 1 and query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    y = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+    return y.to(dtype)
 
 
 def split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S K"]:

@@ -4,7 +4,7 @@ Letters: B batch, S sequence, D width in, E width out of all layers.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,24 +25,37 @@ class Readers(Protocol):
 
 def project(layers: Sequence[nn.Module], x: Float[Tensor, "*B D"], tokens: Tokens | None = None) -> Sequence[Tensor]:
     """What each layer makes of `x`; `tokens` for those that are `PerRoute`."""
-    weights = _plain(layers)
-    whole = None if weights is None else joined(weights)
-    if weights is None or whole is None:
+    plain = _plain(layers)
+    whole = None if plain is None else joined(plain.weights)
+    bias = None if plain is None or not plain.biases else joined(plain.biases)
+    if plain is None or whole is None or (plain.biases and bias is None):
         return [layer(x) if tokens is None else call(layer, x, tokens) for layer in layers]
-    return nn.functional.linear(x, whole).split_with_sizes([weight.shape[0] for weight in weights], -1)
+    rows = nn.functional.linear(x, whole, None if bias is None else bias[:, 0])
+    return rows.split_with_sizes([weight.shape[0] for weight in plain.weights], -1)
 
 
-def _plain(layers: Sequence[nn.Module]) -> list[Tensor] | None:
-    """The layers' matrices where nothing but these matters: linear, no bias, no gradients recorded."""
+class _Plain(NamedTuple):
+    """Layers that do nothing but a product; biases are columns, and there are as many as weights, or none."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+
+
+def _plain(layers: Sequence[nn.Module]) -> _Plain | None:
+    """The layers' matrices where nothing but these matters: linear, all with a bias or none, no gradients recorded."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     weights: list[Tensor] = []
+    biases: list[Tensor] = []
     for layer in layers:
         # The very class: one made from it may do more than the product.
-        if type(layer) is not nn.Linear or cast("Tensor | None", layer.bias) is not None:
+        if type(layer) is not nn.Linear:
             return None
         weights.append(layer.weight)
-    return weights
+        bias = cast("Tensor | None", layer.bias)
+        if bias is not None:
+            biases.append(bias[:, None])
+    return None if biases and len(biases) != len(weights) else _Plain(weights, biases)
 
 
 def joined(weights: Sequence[Tensor]) -> Float[Tensor, "E D"] | None:
@@ -65,16 +78,25 @@ def joined(weights: Sequence[Tensor]) -> Float[Tensor, "E D"] | None:
 def join(layers: Sequence[nn.Module]) -> bool:
     """Stores the layers' weights side by side, in place; values and names stay. False: they differ too much for that.
 
-    Layers with a bias, of other dtypes or of other inputs stay as they are.
+    Layers of which only some have a bias, of other dtypes or of other inputs stay as they are.
     """
     with torch.no_grad():
-        weights = _plain(layers)
-    if weights is None or len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) != 1:
+        plain = _plain(layers)
+    if plain is None or len({(weight.shape[1], weight.dtype, weight.device) for weight in plain.weights}) != 1:
         return False
-    whole = _by_columns(torch.cat([weight.detach() for weight in weights]))
-    for weight, part in zip(weights, whole.split([weight.shape[0] for weight in weights]), strict=True):
-        weight.data = part
+    linear = [cast("nn.Linear", layer) for layer in layers]
+    for layer, weight in zip(linear, _side_by_side(plain.weights), strict=True):
+        layer.weight.data = weight
+    if plain.biases:
+        for layer, bias in zip(linear, _side_by_side(plain.biases), strict=True):
+            layer.bias.data = bias[:, 0]
     return True
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Copies in one storage."""
+    whole = _by_columns(torch.cat([part.detach() for part in parts]))
+    return whole.split_with_sizes([part.shape[0] for part in parts])
 
 
 def _by_columns(matrix: Float[Tensor, "E D"]) -> Float[Tensor, "E D"]:

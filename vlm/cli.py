@@ -24,7 +24,7 @@ model_option = click.option(
     help="The folder of a finished run, a published checkpoint (a folder or a file), or OWNER/NAME[@REVISION] of the "
     "Hugging Face hub.",
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the run that the folder holds.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what the folder holds.")
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
@@ -146,6 +146,38 @@ def evaluate(model: str, shards: tuple[str, ...], json: bool, caption: str | Non
     from vlm.eval.run import evaluate as measure
 
     measure(model, list(shards), json=json, caption=caption, k=k)
+
+
+@app.command()
+@click.argument("model")
+@click.argument("out", type=folder)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    metavar="NAME=SOURCE",
+    help="Where a part lies that the file of MODEL lacks: vision, qformer, language, qformer_tokenizer.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights; unchanged.")
+@click.option("--shard-gb", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True)
+@click.option("--adapters", is_flag=True, help="Only the adapters of a run (LoRA), as peft's folder.")
+@overwrite_option
+def export(
+    model: str, out: Path, parts: tuple[str, ...], dtype: str | None, shard_gb: float, adapters: bool, overwrite: bool
+) -> None:
+    """Write a model as a folder that transformers opens.
+
+    MODEL is the folder of a run, a published checkpoint, or OWNER/NAME[@REVISION] of the Hugging Face hub. Adapters come
+    merged.
+    """
+    pairs = [part.partition("=")[::2] for part in parts]
+    if wrong := [name for name, source in pairs if not source]:
+        raise click.UsageError(f"--part {wrong[0]}: NAME=SOURCE, such as vision=eva_vit_g.pth")
+    from vlm.export import export as run
+
+    for line in run(model, out, dict(pairs), dtype, shard_gb, overwrite, adapters):
+        click.echo(line, err=True)
+    click.echo(out)
 
 
 @app.command("config")

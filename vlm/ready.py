@@ -43,12 +43,12 @@ def published(name: str, device: torch.device | None = None, parts: Mapping[str,
     """A published checkpoint with its tokenizer, image transform, template and ways of writing."""
     found = load(name, parts, device="cpu" if device is None else device)
     model = found.model
-    tokenizer = _tokenizer(found, parts or {})
+    tokenizer = tokenizer_of(found, parts or {})
     usage = _usage(found)
     return Ready(name, model, tokenizer, _settings(model, usage), _writes(model), usage=usage, reads=_reader(found))
 
 
-def _tokenizer(found: Checkpoint, parts: Mapping[str, str]) -> Tokenizer:
+def tokenizer_of(found: Checkpoint, parts: Mapping[str, str]) -> Tokenizer:
     """From the folder, or that of the language model; CLIP's own vocabulary for its files without one."""
     folders = [found.path, *([find(parts["language"])] if "language" in parts else [])]
     for folder in folders[::-1]:

@@ -41,7 +41,11 @@ def llava_part(values: Mapping[str, Any], where: str, transform: ImageTransform 
     if "mm_vision_tower" in values:
         return _original(Settings(values, where, {}), transform)
     s = Settings(values, where, LLAVA)
-    s.expect(projector_hidden_act=("gelu",), multimodal_projector_bias=(True,), vision_feature_select_strategy=CHOICES)
+    s.expect(
+        projector_hidden_act=("gelu", "linear"),
+        multimodal_projector_bias=(True,),
+        vision_feature_select_strategy=CHOICES,
+    )
     vision = clip_vision_part(
         {"model_type": "clip_vision_model", **s.get("vision_config", TOWER)},
         f"{where}: vision_config",
@@ -50,7 +54,7 @@ def llava_part(values: Mapping[str, Any], where: str, transform: ImageTransform 
         transform=transform,
     )
     language = language_part({"model_type": "llama", **s.get("text_config", {})}, f"{where}: text_config")
-    return _composed(vision, language, depth=2)
+    return _composed(vision, language, depth=2 if s["projector_hidden_act"] == "gelu" else 1)
 
 
 CHOICES = ("default", "full")

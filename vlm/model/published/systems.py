@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vlm.data.image import ImageTransform
 from vlm.data.text import load_tokenizer
+from vlm.data.vocabulary import FILES
 from vlm.model.language import Language
 from vlm.model.published.bert import text_part
 from vlm.model.published.blip2 import blip2_part
@@ -25,7 +28,6 @@ from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.llama import llama_table
 from vlm.model.weights.open_clip import hf_clip_table, open_clip_table
 from vlm.model.weights.opt import opt_table
-from vlm.model.weights.source import Weights
 
 CONFIG, OPEN_CLIP, PIXELS = "config.json", "open_clip_config.json", "preprocessor_config.json"
 
@@ -41,7 +43,6 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 SYSTEMS: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
     "clip": clip_part,
-    "siglip": siglip_part,
     "blip-2": blip2_part,
     "instructblip": blip2_part,
     "llava": llava_part,
@@ -49,7 +50,7 @@ SYSTEMS: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
 }
 
 
-def system_part(values: Mapping[str, Any], path: Path, weights: Weights) -> Part:
+def system_part(values: Mapping[str, Any], path: Path, weights: Mapping[str, Tensor]) -> Part:
     """The `VisionLanguageModel` that a folder's settings describe, or that a file's tensors are.
 
     ValueError: a family that is not known (with the nearest one), a setting that our parts do not have.
@@ -57,15 +58,22 @@ def system_part(values: Mapping[str, Any], path: Path, weights: Weights) -> Part
     if not path.is_dir():
         return _of_file(path, weights)
     if "model_cfg" in values:
-        pad = load_tokenizer(path).pad if (path / "tokenizer.json").is_file() else None
-        return open_clip_part(values, str(path / OPEN_CLIP), pad)
+        return open_clip_part(values, str(path / OPEN_CLIP), _pad(path))
     where, family = str(path / CONFIG), str(values.get("model_type"))
-    part = SYSTEMS[family](values, where) if family in SYSTEMS else _alone(_of_one_part(values, where, weights))
+    if family == "siglip":
+        part = siglip_part(values, where, pad=_pad(path))
+    else:
+        part = SYSTEMS[family](values, where) if family in SYSTEMS else _alone(_of_one_part(values, where, weights))
     _look_as(part, path, values)
     return part
 
 
-def _of_one_part(values: Mapping[str, Any], where: str, weights: Weights) -> Part:
+def _pad(path: Path) -> int | None:
+    """The tokenizer's in the folder, if one lies there."""
+    return load_tokenizer(path).pad if any((path / name).is_file() for name in FILES) else None
+
+
+def _of_one_part(values: Mapping[str, Any], where: str, weights: Mapping[str, Tensor]) -> Part:
     if "architecture" in values:
         return timm_part(values, where)
     match values.get("model_type"):
@@ -124,7 +132,7 @@ def _alone(part: Part) -> Part:
             return Part(VisionLanguageModel(text=part.module), part.table.under("", "text."))
 
 
-def _of_file(path: Path, weights: Weights) -> Part:
+def _of_file(path: Path, weights: Mapping[str, Tensor]) -> Part:
     if "visual.conv1.weight" in weights or "visual.layer1.0.conv1.weight" in weights:
         return openai_clip_part({name: tuple(tensor.shape) for name, tensor in weights.items()}, str(path))
     families = {

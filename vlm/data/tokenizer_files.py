@@ -1,0 +1,64 @@
+"""A tokenizer as the files that transformers opens: tokenizer.json and tokenizer_config.json."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, processors
+
+from vlm.data.text import Tokenizer
+
+IMAGE = "<image>"
+
+
+def image_token(tokenizer: Tokenizer) -> int:
+    """The id of the token that stands where an image is: its own, or the next that is free."""
+    own = tokenizer.inner.token_to_id(IMAGE)
+    return tokenizer.size if own is None else int(own)
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    folder: Path,
+    starts: bool,
+    ends: bool,
+    image: bool = False,
+    chat: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes both files; `load_tokenizer` reads an equal tokenizer from them.
+
+    `starts`, `ends`: whether bos and eos are put around a text that is encoded. `image`: with a token for images.
+    `chat`: the template of conversations, in Jinja. `extra`: more of tokenizer_config.json.
+    """
+    inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
+    if image:
+        inner.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+    names = {i: str(inner.id_to_token(i)) for i in (*tokenizer.start, tokenizer.eos, tokenizer.pad)}
+    before = tokenizer.start if starts else []
+    after = [tokenizer.eos] if ends else []
+    inner.post_processor = _around([(names[i], i) for i in before], [(names[i], i) for i in after])
+    inner.no_padding()
+    inner.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None if tokenizer.bos is None else names[tokenizer.bos],
+        "eos_token": names[tokenizer.eos],
+        "pad_token": names[tokenizer.pad],
+        "clean_up_tokenization_spaces": False,
+        **({"extra_special_tokens": {"image_token": IMAGE}} if image else {}),
+        **({} if chat is None else {"chat_template": chat}),
+        **(extra or {}),
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def _around(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> Any:
+    first, last = [name for name, _ in before], [name for name, _ in after]
+    pair = [*first, "$A", *last, "$B:1", *(f"{name}:1" for name in last)]
+    return processors.TemplateProcessing(
+        single=[*first, "$A", *last], pair=pair, special_tokens=list(dict.fromkeys([*before, *after]))
+    )

@@ -22,7 +22,6 @@ def image_token(tokenizer: Tokenizer) -> int:
 def save_tokenizer(
     tokenizer: Tokenizer,
     folder: Path,
-    starts: bool,
     ends: bool,
     image: bool = False,
     chat: str | None = None,
@@ -30,16 +29,15 @@ def save_tokenizer(
 ) -> None:
     """Writes both files; `load_tokenizer` reads an equal tokenizer from them.
 
-    `starts`, `ends`: whether bos and eos are put around a text that is encoded. `image`: with a token for images.
+    `ends`: whether eos follows a text that is encoded; bos goes before it, where there is one. `image`: with a token for images.
     `chat`: the template of conversations, in Jinja. `extra`: more of tokenizer_config.json.
     """
     inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
     if image:
         inner.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
     names = {i: str(inner.id_to_token(i)) for i in (*tokenizer.start, tokenizer.eos, tokenizer.pad)}
-    before = tokenizer.start if starts else []
     after = [tokenizer.eos] if ends else []
-    inner.post_processor = _around([(names[i], i) for i in before], [(names[i], i) for i in after])
+    inner.post_processor = _around([(names[i], i) for i in tokenizer.start], [(names[i], i) for i in after])
     inner.no_padding()
     inner.save(str(folder / "tokenizer.json"))
     config = {

@@ -62,9 +62,8 @@ def write_beside(folder: Path, model: VisionLanguageModel, values: Mapping[str, 
     named = {} if processor is None else {"processor_class": processor}
     write_json(folder / CONFIG, values)
     image = "image_token_index" in values
-    # An encoder-decoder's texts end with eos, a decoder's begin with bos, those of other text encoders do both.
-    starts, ends = not isinstance(model.language, EncoderDecoder), not _writes_on(model)
-    save_tokenizer(texts.tokenizer, folder, starts, ends, image, texts.chat, named)
+    goes_on = model.language is not None and not isinstance(model.language, EncoderDecoder)
+    save_tokenizer(texts.tokenizer, folder, not goes_on, image, texts.chat, named)
     if model.language is not None:
         write_json(folder / GENERATION, texts.control(model))
     if isinstance(model.vision, ImageEncoder):
@@ -74,17 +73,12 @@ def write_beside(folder: Path, model: VisionLanguageModel, values: Mapping[str, 
     if values["model_type"] == "instructblip":
         assert texts.reader is not None
         (folder / READER).mkdir()
-        save_tokenizer(texts.reader, folder / READER, starts=True, ends=True)
+        save_tokenizer(texts.reader, folder / READER, ends=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A table of settings."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _writes_on(model: VisionLanguageModel) -> bool:
-    """Is a text to be gone on with?"""
-    return model.language is not None and not isinstance(model.language, EncoderDecoder)
 
 
 def _image_tokens(values: Mapping[str, Any]) -> dict[str, Any]:

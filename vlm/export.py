@@ -147,6 +147,7 @@ def write_model(
     try:
         lines = _trim(model, reads=texts.reader is not None)
         words = _words(model, texts)
+        lines += _one_eps(model)
         if model.language is not None and words.image is not None and words.image >= model.language.vocabulary:
             _grow(model.language, words.image + 1)
             lines.append(f"one row more in the vocabulary: {words.image}, the token that stands where an image is")
@@ -281,6 +282,15 @@ def _trim(model: VisionLanguageModel, reads: bool) -> list[str]:
             if isinstance(layer, nn.Linear) and layer.bias is None:
                 layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
     return lines
+
+
+def _one_eps(model: VisionLanguageModel) -> list[str]:
+    """BLIP-2's settings have one number for the image encoder's norms and the one before the Q-Former."""
+    eyes, norm = getattr(model.vision, "backbone", None), getattr(model.connector, "image_norm", None)
+    eps = {part.eps for part in ([] if eyes is None else eyes.modules()) if isinstance(part, nn.LayerNorm)}
+    if not isinstance(norm, nn.LayerNorm) or len(eps) != 1 or norm.eps in eps:
+        return []
+    return [f"the norm before the Q-Former has eps={norm.eps:g} here and {eps.pop():g} there, as the image encoder has"]
 
 
 def _typed(values: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

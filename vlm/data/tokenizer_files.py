@@ -46,7 +46,6 @@ def save_tokenizer(
         "eos_token": names[tokenizer.eos],
         "pad_token": names[tokenizer.pad],
         "clean_up_tokenization_spaces": False,
-        **({"extra_special_tokens": {"image_token": IMAGE}} if image else {}),
         **({} if chat is None else {"chat_template": chat}),
         **(extra or {}),
     }

@@ -1,0 +1,135 @@
+"""`vlm export`: runs of ours open in transformers as the published systems that their parts are; what cannot is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from tests.command import Commands
+from tests.parity.blip2 import run as written
+from tests.parity.exported import opened, settings
+from tests.parity.noise import gap
+from vlm.data.batch import Text
+from vlm.nn.tokens import IGNORE, IMAGE_ID
+from vlm.restore import Trained, restore
+
+ROOT = Path(__file__).parents[1]
+SHARD = ROOT / "vlm" / "quickstart" / "data" / "train-0000.tar"
+EYE = (
+    "hidden_size: 48, intermediate_size: 96, num_hidden_layers: 3, num_attention_heads: 4, image_size: 32, "
+    "patch_size: 8"
+)
+CLIP = f"{{kind: published, architecture: {{model_type: clip_vision_model, {EYE}}}, class_token: drop, layer: -2}}"
+BLIP2 = f"{{kind: published, architecture: {{model_type: blip_2_vision_model, {EYE}}}}}"
+LLAMA = "{kind: transformer, dim: 64, layers: 2, heads: 4, mixer: {kv_heads: 2}}"
+COMMON = [
+    "model.init={vision: null, connector: null, language: null}",
+    "tokenizer={kind: bpe, vocab: 400}",
+    "data.augment=null",
+    f"data.train={SHARD}",
+    "train.batch_size=4",
+]
+STEPS = ["train.steps=2", "train.warmup=0", "train.log_every=1", "train.precision=float32"]
+LEARNS = ["train.params=[{match: .*, lr: 1.0e-2}]"]
+CHAT = ["data.kind=chats", "data.template=vicuna_v1", "data.max_tokens=200", "data.questions=['What is this?']"]
+LORA = ["model.lora=[{match: 'language.*(query|value)', rank: 4}]"]
+RUNS = {
+    "llava": ["llava15_stage1", *COMMON, f"model.vision={CLIP}"],
+    "linear": [
+        "llava_stage1",
+        *COMMON,
+        f"model.vision={CLIP}",
+        "model.connector={kind: linear}",
+        f"model.language={LLAMA}",
+        *CHAT,
+        *LORA,
+        *LEARNS,
+    ],
+    "opt": ["blip2_stage2_opt", *COMMON, f"model.vision={BLIP2}"],
+    "t5": ["blip2_stage2_t5", *COMMON, f"model.vision={BLIP2}", "model.connector.text=true"],
+    "instructblip": ["instructblip", *COMMON, f"model.vision={BLIP2}"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(vlm: Commands, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run of RUNS, made when it is first asked for."""
+    place = tmp_path_factory.mktemp("runs")
+
+    def make(name: str) -> Path:
+        if not (place / name).exists():
+            config, *given = RUNS[name]
+            done = vlm("train", ROOT / f"configs/tiny/{config}.yaml", *given, *STEPS, "--out", name, folder=place)
+            assert done.code == 0, done.err
+        return place / name
+
+    return make
+
+
+def pictures(model: Any) -> tuple[list[Image.Image], Tensor]:
+    """Two that are no squares, and as our encoder takes them."""
+    noise = np.random.default_rng(1).integers(0, 255, (2, 5, 7, 3), dtype=np.uint8)
+    found = [Image.fromarray(rows).resize((61, 44)) for rows in noise]
+    return found, torch.stack([model.vision.transform(image) for image in found])
+
+
+@torch.no_grad()
+def ours(trained: Trained, asked: Tensor | None) -> tuple[Text, Tensor]:
+    """A prompt with an image for each picture, and the logits of our model."""
+    model = trained.model
+    ids = torch.randint(4, 380, (2, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([torch.full((2, model.image_tokens), IMAGE_ID), ids], 1)
+    said = Text(ids, torch.ones_like(ids, dtype=torch.bool), ids.masked_fill(ids == IMAGE_ID, IGNORE))
+    if (start := model.reply_start) is not None:
+        reply = torch.tensor([[start, 7, 9], [start, 30, 11]])
+        said = Text(said.ids, said.valid, torch.full_like(ids, IGNORE), True, Text(reply, reply >= 0, reply))
+    instruction = None if asked is None else Text(asked, torch.ones_like(asked, dtype=torch.bool), asked)
+    return said, written(model, pictures(model)[1], said, instruction)[0]
+
+
+@torch.no_grad()
+def theirs(folder: Path, images: Tensor, said: Text, asked: Tensor | None) -> Tensor:
+    """The logits of the same in transformers."""
+    model = opened(folder)
+    ids = said.ids.masked_fill(said.ids == IMAGE_ID, model.config.image_token_index)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": said.valid.long(), "pixel_values": images}
+    if said.reply is not None:
+        given["decoder_input_ids"] = said.reply.ids
+    if asked is not None:
+        given |= {"qformer_input_ids": asked, "qformer_attention_mask": torch.ones_like(asked)}
+    out: Tensor = model(**given).logits
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_opens_in_transformers(vlm: Commands, trained: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    done = vlm("export", trained(name), "out", folder=tmp_path)
+    assert (done.code, done.out) == (0, "out\n"), done.err
+    restored, folder = restore(trained(name)), tmp_path / "out"
+    if hasattr(restored.model.connector, "image_norm"):
+        assert "the norm before the Q-Former has eps=1e-05 here and 1e-06 there" in done.err
+        restored.model.connector.image_norm.eps = 1e-6
+    asked = torch.tensor([[1, 5, 6, 2], [1, 9, 30, 2]]) if name == "instructblip" else None
+    said, wanted = ours(restored, asked)
+    raw, images = pictures(restored.model)
+    found = theirs(folder, images, said, asked)
+    assert float(wanted.std()) > 0.01
+    assert gap(found[..., : wanted.shape[-1]], wanted) < 1e-5
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    pixels = processor.image_processor(images=raw, return_tensors="pt")["pixel_values"]
+    assert gap(pixels, images) < 3 / 255 / 0.25
+    text = "a red drum on white"
+    ids = processor.tokenizer(text).input_ids
+    end = [restored.tokenizer.eos] if name == "t5" else []
+    assert ids == [*restored.tokenizer.start, *restored.tokenizer.encode(text), *end]
+    both = processor(images=raw[0], text=f"<image> {text}" if name in ("llava", "linear") else text)
+    assert list(both["input_ids"][0]).count(settings(folder)["image_token_index"]) == restored.model.image_tokens
+    if name == "instructblip":
+        assert list(both["qformer_input_ids"][0]) == [1, *restored.tokenizer.encode(text), 2]

@@ -1,4 +1,4 @@
-"""`vlm export`: runs of ours open in transformers as the published systems that their parts are; what cannot is refused."""
+"""`vlm export`: runs of ours open in transformers as the systems that their parts are; what cannot is refused."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -167,8 +167,8 @@ def export(
 ) -> None:
     """Write a model as a folder that transformers opens.
 
-    MODEL is the folder of a run, a published checkpoint, or OWNER/NAME[@REVISION] of the Hugging Face hub. Adapters come
-    merged.
+    MODEL is the folder of a run, a published checkpoint, or OWNER/NAME[@REVISION] of the Hugging Face hub. Adapters
+    come merged.
     """
     pairs = [part.partition("=")[::2] for part in parts]
     if wrong := [name for name, source in pairs if not source]:

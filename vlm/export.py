@@ -31,10 +31,11 @@ from vlm.model.published.systems import OPEN_CLIP, settings_of, system_part
 from vlm.model.published.values import Words, system_values
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.vlm import VisionLanguageModel
-from vlm.model.weights.fill import fill_from
 from vlm.model.weights.files import differences, refuse
+from vlm.model.weights.fill import fill_from
 from vlm.model.weights.hollow import hollow
 from vlm.model.weights.layout import SINGLE
+from vlm.model.weights.llava import MODULES
 from vlm.model.weights.save import save
 from vlm.model.weights.table import Table
 from vlm.nn.adapter import adapters
@@ -180,6 +181,8 @@ def _adapters(
     except ValueError as error:
         raise ValueError(f"{trained.name}: {error}") from None
     table = _table(values, Path(trained.name), bare, trained.name)
+    if values["model_type"] == "llava":
+        table = table.renamed(MODULES)
     source = None if trained.run.model.language is None else trained.run.model.language.source
     with _draft(out, overwrite) as draft:
         save_adapter(trained.model, draft / "adapter", source, table)
@@ -246,7 +249,8 @@ _OF_THE_FILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
 def _words(model: VisionLanguageModel, texts: Texts) -> Words:
     looks = model.language is not None and model.vision is not None
-    return Words(texts.control(model), image_token(texts.tokenizer) if looks else None)
+    tied = getattr(model.language, "head", None) is None
+    return Words(texts.control(model), image_token(texts.tokenizer) if looks else None, tied)
 
 
 @torch.no_grad()
@@ -279,7 +283,7 @@ def _trim(model: VisionLanguageModel, reads: bool) -> list[str]:
     if model.contrast is not None:
         lines.append(f"left out: the temperature, {float((-model.contrast.log_scale).exp()):.4g}: scores are cosines")
         for layer in (model.contrast.image, model.contrast.text):
-            if isinstance(layer, nn.Linear) and layer.bias is None:
+            if isinstance(layer, nn.Linear) and "bias" not in layer.state_dict():
                 layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features), requires_grad=False)
     return lines
 

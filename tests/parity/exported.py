@@ -70,7 +70,7 @@ LANGUAGES: dict[str, dict[str, Any]] = {
 SYSTEMS = ("clip", "siglip", "llava", "blip2 opt", "blip2 t5", "instructblip llama", "instructblip t5", "retrieval")
 
 
-def config_of(name: str) -> PreTrainedConfig:
+def config_of(name: str) -> PreTrainedConfig:  # noqa: PLR0911  # one for each
     """Of one of LANGUAGES or SYSTEMS."""
     kind, _, language = name.partition(" ")
     text = LANGUAGES.get(language or "llama", {})
@@ -95,8 +95,9 @@ def config_of(name: str) -> PreTrainedConfig:
                 image_text_hidden_size=20,
                 architectures=["Blip2ForImageTextRetrieval"],
             )
-    found = LANGUAGES[name]
-    return transformers.CONFIG_MAPPING[found["model_type"]](**{k: v for k, v in found.items() if k != "model_type"})
+        case _:
+            found = dict(LANGUAGES[name])
+            return transformers.CONFIG_MAPPING[found.pop("model_type")](**found)
 
 
 CLASSES = {

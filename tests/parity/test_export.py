@@ -1,17 +1,39 @@
 """What `vlm export` writes opens in transformers: the same weights, logits, settings and ids."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
 
-from tests.parity.exported import LANGUAGES, SYSTEMS, logits, opened, published, settings, tokenizer_of, words
-from tests.parity.noise import gap
+from tests.parity import test_lavis
+from tests.parity.blip2 import compared, expected
+from tests.parity.decoders import logit_gap
+from tests.parity.exported import (
+    CLIP,
+    LANGUAGES,
+    SYSTEMS,
+    TEXT,
+    logits,
+    opened,
+    published,
+    settings,
+    tokenizer_of,
+    words,
+)
+from tests.parity.noise import gap, noise
+from vlm import build
+from vlm.config.language import TransformerLanguage
+from vlm.data.tokenizer_files import save_tokenizer
 from vlm.export import export, write_model
+from vlm.model.published import lavis
 from vlm.model.published.folder import Texts
-from vlm.model.published.load import load
+from vlm.model.published.load import load, open_checkpoint
+from vlm.model.vlm import VisionLanguageModel
+from vlm.model.weights.fill import fill_from
+from vlm.model.weights.open_clip import hf_clip_table, open_clip_table
 
 EVERY = [*LANGUAGES, *SYSTEMS]
 
@@ -44,3 +66,124 @@ def test_from_its_modules_alone(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
     assert gap(logits(before), logits(after)) == 0
     assert tokenizer_of(tmp_path / "out").control == tokenizer_of(folder).control
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5", "instruct", "instruct t5"])
+def test_files_of_lavis(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lavis, "BLOCKS", 3)
+    theirs, paths = test_lavis.made(kind, tmp_path)
+    save_tokenizer(words(), paths["language"], ends=False)
+    (tmp_path / "bert").mkdir()
+    save_tokenizer(words(), tmp_path / "bert", ends=True)
+    parts = {name: str(path) for name, path in paths.items() if name != "main"}
+    if kind.startswith("instruct"):
+        with pytest.raises(ValueError, match=r"give BERT's with \[DEC\] as --part qformer_tokenizer=FOLDER$"):
+            export(str(paths["main"]), tmp_path / "out", parts)
+        parts["qformer_tokenizer"] = str(tmp_path / "bert")
+    lines = export(str(paths["main"]), tmp_path / "out", parts)
+    assert any("eps=1e-05 here and 1e-06 there" in line for line in lines)
+    theirs.vision_model.post_layernorm.eps = 1e-6
+    after = opened(tmp_path / "out")
+    images, text, asked = test_lavis.inputs(kind)
+    wanted = expected(theirs, images, text, asked)[0]
+    after.config.image_token_id = theirs.config.image_token_id  # a placeholder that the language model does not read
+    found = expected(after, images, text, asked)[0][..., : wanted.shape[-1]]
+    assert compared(found, wanted, text) < 1e-5
+    state = after.state_dict()
+    for name, value in theirs.state_dict().items():
+        if name.endswith("qkv.bias"):  # EVA has no bias of the key
+            value = torch.cat([value[:176], torch.zeros(176), value[352:]])
+        assert torch.equal(state[name][: len(value)], value), name
+
+
+def test_a_file_of_openai(tmp_path: Path) -> None:
+    """OpenAI's names from Hugging Face's, by our two tables; its heads are 64 wide."""
+    text = {**TEXT, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    eye = {**CLIP, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=eye, projection_dim=24)).eval()
+    noise(theirs, scale=0.15)
+    ours = hf_clip_table().to_ours(theirs.state_dict())
+    torch.save(open_clip_table().to_theirs(ours), tmp_path / "clip.pt")
+    found = open_checkpoint(str(tmp_path / "clip.pt"))
+    fill_from(found.model, found.sources)
+    write_model(found.model, Texts(words(), [2]), tmp_path / "out", "it")
+    after = opened(tmp_path / "out")
+    state = after.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
+    assert gap(logits(after), logits(theirs)) < 1e-6
+
+
+def test_of_another_type_and_in_shards(tmp_path: Path) -> None:
+    folder = published("llama", tmp_path / "given")
+    export(str(folder), tmp_path / "out", dtype="bfloat16", shard_gb=2e-5)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    assert settings(tmp_path / "out") == {**settings(folder), "dtype": "bfloat16"}
+    before, after = opened(folder).state_dict(), opened(tmp_path / "out").state_dict()
+    assert all(torch.equal(value.bfloat16(), after[name]) for name, value in before.items())
+
+
+def small(**settings: Any) -> VisionLanguageModel:
+    """A language model alone, of settings of our own."""
+    given = TransformerLanguage(kind="transformer", dim=32, layers=2, heads=2, **settings)
+    return VisionLanguageModel(language=build.decoder(given, 280))
+
+
+@pytest.mark.parametrize(
+    ("settings", "family"),
+    [
+        ({}, "llama"),
+        ({"tied": False, "mixer": {"kv_heads": 1, "theta": 500.0}}, "llama"),
+        ({"mixer": {"bias": True}}, "qwen2"),
+        ({"mixer": {"head_norm": True}}, "qwen3"),
+        ({"mixer": {"window": 4}}, "mistral"),
+        ({"ffn": {"kind": "moe", "experts": 4}}, "mixtral"),
+    ],
+)
+def test_decoders_of_our_own(settings: dict[str, Any], family: str, tmp_path: Path) -> None:
+    model = small(**settings)
+    noise(model, scale=0.15)
+    write_model(model, Texts(words(), [2]), tmp_path / "out", "it")
+    theirs = opened(tmp_path / "out")
+    assert theirs.config.model_type == family
+    assert model.language is not None
+    assert logit_gap(model.language.eval(), theirs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words_of_it"),
+    [
+        ({"mixer": {"kind": "retention"}}, "block 0 has retention"),
+        ({"ffn": {"kind": "moe", "shared": 1}}, "shared experts or another router than Mixtral's"),
+        ({"ffn": {"kind": "moe", "router": "sigmoid"}}, "another router than Mixtral's"),
+        ({"ffn": {"kind": "moe", "dense_blocks": 1}}, "block 0 is dense beside blocks with experts"),
+        ({"norm": "layer"}, "has RMSNorm in every published family"),
+        ({"placement": "post"}, "norms after the branches"),
+        ({"mixer": {"max_positions": 20}}, "not as OPT has them"),
+        ({"mixer": {"bias": True, "head_norm": True}}, "no published family has biases of query, key and value and"),
+    ],
+)
+def test_what_has_no_layout_is_refused(settings: dict[str, Any], words_of_it: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words_of_it) as told:
+        write_model(small(**settings), Texts(words(), [2]), tmp_path / "out", "it")
+    assert str(told.value).startswith("it: language: cannot be exported: ")
+    assert str(told.value).endswith("experts as Mixtral has them, OPT, T5")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_are_not_replaced_by_mistake(tmp_path: Path) -> None:
+    folder, out = published("llama", tmp_path / "given"), tmp_path / "out"
+    export(str(folder), out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=r"out: exists already; choose another folder, or --overwrite it$"):
+        export(str(folder), out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    export(str(folder), out, dtype="float16", overwrite=True)
+    assert settings(out)["dtype"] == "float16"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match=r"mine: holds letter\.txt and is no exported model"):
+        export(str(folder), tmp_path / "mine", overwrite=True)
+    for inside in (folder, folder / "deeper", tmp_path):
+        with pytest.raises(ValueError, match=r"lie in each other|exists already"):
+            export(str(folder), inside)
+    assert {path.name for path in tmp_path.iterdir()} == {"given", "out", "mine"}

@@ -29,8 +29,9 @@ def save_tokenizer(
 ) -> None:
     """Writes both files; `load_tokenizer` reads an equal tokenizer from them.
 
-    `ends`: whether eos follows a text that is encoded; bos goes before it, where there is one. `image`: with a token for images.
-    `chat`: the template of conversations, in Jinja. `extra`: more of tokenizer_config.json.
+    `ends`: whether eos follows a text that is encoded; bos goes before it, where there is one.
+    `image`: with a token for images. `chat`: the template of conversations, in Jinja.
+    `extra`: more of tokenizer_config.json.
     """
     inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
     if image:

@@ -22,8 +22,8 @@ from vlm.nn.ffn import Mlp
 from vlm.nn.route import PerRoute
 
 SYSTEMS = (
-    "CLIP's ViT with its text tower (CLIP), or a linear layer or an MLP and a language model (LLaVA); BLIP-2's ViT with "
-    "a Q-Former and a language model (BLIP-2, InstructBLIP) or both heads of stage 1; a language model alone"
+    "CLIP's ViT with its text tower (CLIP), or a linear layer or an MLP and a language model (LLaVA); BLIP-2's ViT "
+    "with a Q-Former and a language model (BLIP-2, InstructBLIP) or both heads of stage 1; a language model alone"
 )
 
 
@@ -33,6 +33,7 @@ class Words:
 
     control: Mapping[str, Any]  # bos_token_id, eos_token_id, pad_token_id
     image: int | None = None  # the token that stands where an image is
+    tied: bool = False  # is the head the embedding?
 
     def into(self, values: dict[str, Any], language: Language) -> dict[str, Any]:
         """A text_config with them, in the rows that the language model has."""
@@ -76,7 +77,7 @@ def _clip(model: VisionLanguageModel, words: Words) -> dict[str, Any]:
     text, head = model.text, model.contrast
     if not isinstance(text, TextEncoder) or isinstance(text, PaddedTextEncoder) or head is None:
         raise ValueError(f"text ({type(text).__name__}): no text tower of CLIP's; there are layouts for {SYSTEMS}")
-    if head.logit_bias is not None or not isinstance(head.image, nn.Linear) or head.image.bias is not None:
+    if set(head.state_dict()) != {"image.weight", "text.weight", "log_scale"}:
         raise ValueError("contrast: CLIP's heads are two matrices without biases, and no number is added to its logits")
     block, ffn, norm = _block(text.stack.blocks[0])
     shape = {"projection_dim": head.dim}
@@ -148,7 +149,7 @@ def _llava(encoder: ImageEncoder, connector: MlpConnector, text: dict[str, Any],
         "vision_feature_select_strategy": "default" if backbone.class_token == "drop" else "full",
         "image_seq_length": encoder.tokens,
         "image_token_index": words.image,
-        "tie_word_embeddings": text.get("tie_word_embeddings", False),
+        "tie_word_embeddings": words.tied,
     }
 
 
@@ -162,7 +163,7 @@ def _blip2(encoder: ImageEncoder, qformer: QFormer, text: dict[str, Any], words:
         "text_config": text,
         "use_decoder_only_language_model": decoder_only,
         "image_token_index": words.image,
-        "tie_word_embeddings": text.get("tie_word_embeddings", False),
+        "tie_word_embeddings": words.tied,
     }
 
 

@@ -76,6 +76,8 @@ def _llama(model: Decoder, where: str) -> dict[str, Any]:
     rotary, norm, first = model.stack.rotary, model.stack.norm, blocks[0][1]
     if not isinstance(rotary, Rotary) or not isinstance(norm, RMSNorm):
         raise _refused(where, "a decoder with rotary positions has RMSNorm in every published family")
+    if isinstance(first.query_norm, RMSNorm) and first.query_norm.eps != norm.eps:
+        raise _refused(where, f"norms of heads with eps={first.query_norm.eps} beside others with eps={norm.eps}")
     biased, windows = first.query.bias is not None, [_window(mixer) for _, mixer in blocks]
     unrotated = [i for i, (_, mixer) in enumerate(blocks) if not mixer.rotated]
     special = {

@@ -17,6 +17,12 @@ SPELLINGS = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
+# As `LlavaForConditionalGeneration` names its modules, by which peft looks for layers.
+MODULES = (
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
 # The authors' own files: no tower, the projector inside the language model.
 ORIGINAL = (
     (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),

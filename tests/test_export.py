@@ -1,5 +1,6 @@
 """`vlm export`: runs of ours open in transformers as the systems that their parts are; what cannot is refused."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tests.parity.blip2 import run as written
 from tests.parity.exported import opened, settings
 from tests.parity.noise import gap
 from vlm.data.batch import Text
+from vlm.export import write_model
+from vlm.model.published.folder import Texts
+from vlm.nn.adapter import adapters
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 from vlm.restore import Trained, restore
 
@@ -133,3 +137,88 @@ def test_a_run_opens_in_transformers(vlm: Commands, trained: Callable[[str], Pat
     assert list(both["input_ids"][0]).count(settings(folder)["image_token_index"]) == restored.model.image_tokens
     if name == "instructblip":
         assert list(both["qformer_input_ids"][0]) == [1, *restored.tokenizer.encode(text), 2]
+
+
+@pytest.mark.slow
+def test_adapters_alone(vlm: Commands, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    run = trained("linear")
+    for name, given in (("merged", []), ("adapters", ["--adapters"])):
+        done = vlm("export", run, name, *given, folder=tmp_path)
+        assert (done.code, done.out) == (0, f"{name}\n"), done.err
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    restored = restore(run)
+    for name, adapter in adapters(restored.model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(restored.model.get_submodule(parent), child, adapter.base)
+    write_model(restored.model, Texts(restored.tokenizer, [2]), tmp_path / "base", "base")
+    ids = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    model, merged = opened(tmp_path / "base"), opened(tmp_path / "merged")
+    assert gap(model(input_ids=ids).logits, merged(input_ids=ids).logits) > 1e-3
+    model.load_adapter(str(tmp_path / "adapters"))
+    assert gap(model(input_ids=ids).logits, merged(input_ids=ids).logits) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [1_000, 100_000])
+def test_a_full_disk_leaves_nothing(vlm: Commands, trained: Callable[[str], Path], tmp_path: Path, room: int) -> None:
+    run = trained("llava")
+
+    def fill(process: int, errors: Path) -> None:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+    done = vlm("export", run, "out", folder=tmp_path, meanwhile=fill)
+    assert (done.code, done.out) == (1, ""), done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("vlm: could not write out: ") and last.endswith("; nothing was written")
+    assert "File too large" in last and "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            [f"model.vision={CLIP}", "model.language={kind: transformer, dim: 64, heads: 2, mixer: {kind: retention}}"],
+            "language: cannot be exported: block 0 has retention (RetNet), for which transformers has no class; there "
+            "is a published layout for attention with gated_mlp (Llama and its like)",
+        ),
+        ([], "vision (ResNet): CLIP's own ViT alone has a place in CLIP and LLaVA"),
+        (
+            [f"model.vision={CLIP}", "model.vision.layer=-1"],
+            "vision: it is read after its last norm (model.vision.layer=-1); LLaVA reads what a block gives",
+        ),
+        (
+            [f"model.vision={CLIP}", "model.connector.depth=3"],
+            "connector: 3 layers of widths 128, 128, 128: LLaVA has one or two of the language model's width, 128",
+        ),
+    ],
+)
+def test_parts_of_no_published_system_are_refused(vlm: Commands, given: list[str], said: str, tmp_path: Path) -> None:
+    config = ROOT / "configs/tiny/llava15_stage1.yaml"
+    made = vlm("train", config, *COMMON, *given, *STEPS, "--out", "run", folder=tmp_path)
+    assert made.code == 0, made.err
+    done = vlm("export", "run", "out", folder=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1].startswith(f"vlm: run: {said}")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "out"], "'nowhere' is neither a file or folder nor a name on the hub"),
+        (["given", "out", "--part", "vision"], "--part vision: NAME=SOURCE, such as vision=eva_vit_g.pth"),
+        (["given", "out", "--adapters"], "given: --adapters is for the folder of a run"),
+        (["given", "given"], "given: exists already; choose another folder, or --overwrite it"),
+    ],
+)
+def test_wrong_arguments(vlm: Commands, arguments: list[str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "config.json").write_text("{}")
+    done = vlm("export", *arguments, folder=tmp_path)
+    assert (done.code, done.out) == (2, "") and said in done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"given"}

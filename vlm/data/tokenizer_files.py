@@ -40,7 +40,7 @@ def save_tokenizer(
     after = [tokenizer.eos] if ends else []
     inner.post_processor = _around([(names[i], i) for i in tokenizer.start], [(names[i], i) for i in after])
     inner.no_padding()
-    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(inner.to_str(pretty=True), encoding="utf-8")  # its own errors say less
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None if tokenizer.bos is None else names[tokenizer.bos],

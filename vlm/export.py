@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vlm.config import schema
 from vlm.config.language import PublishedLanguage
 from vlm.data.encode import end_ids
 from vlm.data.tars import drafted
+from vlm.data.template import TEMPLATES
 from vlm.data.text import load_tokenizer
 from vlm.data.tokenizer_files import image_token
 from vlm.model.adapter_file import CONFIG as ADAPTER
@@ -195,6 +196,9 @@ def _adapters(
 def _texts_of(trained: Trained) -> Texts:
     data, tokenizer = trained.run.data, trained.tokenizer
     ends, chat = list(tokenizer.ends), None
+    if isinstance(data, schema.ChatData):
+        chat = build.template(data.template)
+        chat = chat if data.system is None else replace(chat, default_system=data.system)
     if trained.model.language is not None and not isinstance(data, schema.TextData):
         template = build.template(data.template)
         end = end_ids(tokenizer, template)
@@ -214,7 +218,8 @@ def _published_texts(found: Checkpoint, parts: Mapping[str, str], reader: str | 
             f"{found.path}: its Q-Former reads questions, and the file has no vocabulary for them: give BERT's with "
             f"[DEC] as --part {READER}=FOLDER"
         )
-    return Texts(tokenizer, ends, load_tokenizer(find(reader)) if reads and reader is not None else None)
+    chat = TEMPLATES["vicuna_v1"] if "mm_vision_tower" in found.values else None
+    return Texts(tokenizer, ends, load_tokenizer(find(reader)) if reads and reader is not None else None, chat)
 
 
 def _known_language(run: schema.Run) -> dict[str, Any] | None:

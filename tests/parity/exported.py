@@ -67,13 +67,14 @@ LANGUAGES: dict[str, dict[str, Any]] = {
     | {"vocab_size": ROWS, **CONTROL, "feed_forward_proj": "relu", "tie_word_embeddings": True, "dense_act_fn": "relu"}
     | {"is_gated_act": False, "scale_decoder_outputs": True},
 }
-SYSTEMS = ("clip", "siglip", "llava", "blip2 opt", "blip2 t5", "instructblip llama", "instructblip t5", "retrieval")
+BLIP2 = ("blip2 opt", "blip2 t5", "instructblip llama", "instructblip t5", "retrieval")
+SYSTEMS = ("clip", "siglip", "llava", "llava all", *BLIP2)
 
 
 def config_of(name: str) -> PreTrainedConfig:  # noqa: PLR0911  # one for each
     """Of one of LANGUAGES or SYSTEMS."""
     kind, _, language = name.partition(" ")
-    text = LANGUAGES.get(language or "llama", {})
+    text = LANGUAGES.get(language, LANGUAGES["llama"])
     blip2 = {"vision_config": VISION, "qformer_config": {**QFORMER, "vocab_size": ROWS}, "num_query_tokens": 6}
     match kind:
         case "clip":
@@ -83,7 +84,9 @@ def config_of(name: str) -> PreTrainedConfig:  # noqa: PLR0911  # one for each
             return transformers.SiglipConfig(text_config={**TEXT, **same, "projection_size": 48}, vision_config=CLIP)
         case "llava":
             given = {"vision_config": CLIP, "text_config": {**text, "tie_word_embeddings": False}}
-            options = {"image_token_index": IMAGE, "vision_feature_layer": -2, "tie_word_embeddings": False}
+            options: dict[str, Any] = {"image_token_index": IMAGE, "tie_word_embeddings": False}
+            if language == "all":  # the last block before the norm, and the class token with the patches
+                options |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
             return transformers.LlavaConfig(**given, **options)
         case "blip2":
             return transformers.Blip2Config(**blip2, text_config=text, image_token_index=IMAGE)
@@ -170,7 +173,8 @@ def logits(model: PreTrainedModel) -> Tensor:
         ]
         return torch.cat(scores, 1)
     if hasattr(config, "vision_config"):
-        images = getattr(config, "num_query_tokens", 16)
+        full = getattr(config, "vision_feature_select_strategy", None) == "full"
+        images = getattr(config, "num_query_tokens", 17 if full else 16)
         ids = torch.cat([torch.full((2, images), config.image_token_index), ids], 1)
         given = {"attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     if config.model_type == "instructblip":

@@ -1,5 +1,6 @@
 """What `vlm export` writes opens in transformers: the same weights, logits, settings and ids."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.parity.decoders import logit_gap
 from tests.parity.exported import (
     CLIP,
     LANGUAGES,
+    SIZE,
     SYSTEMS,
     TEXT,
     logits,
@@ -26,14 +28,20 @@ from tests.parity.exported import (
 from tests.parity.noise import gap, noise
 from vlm import build
 from vlm.config.language import TransformerLanguage
+from vlm.data.batch import Text
 from vlm.data.tokenizer_files import save_tokenizer
 from vlm.export import export, write_model
+from vlm.model.connector import MlpConnector
 from vlm.model.published import lavis
 from vlm.model.published.folder import Texts
 from vlm.model.published.load import load, open_checkpoint
+from vlm.model.text import PaddedTextEncoder
 from vlm.model.vlm import VisionLanguageModel
 from vlm.model.weights.fill import fill_from
+from vlm.model.weights.llama import llama_table
+from vlm.model.weights.llava import llava_table
 from vlm.model.weights.open_clip import hf_clip_table, open_clip_table
+from vlm.nn.tokens import IMAGE_ID
 
 EVERY = [*LANGUAGES, *SYSTEMS]
 
@@ -66,6 +74,44 @@ def test_from_its_modules_alone(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
     assert gap(logits(before), logits(after)) == 0
     assert tokenizer_of(tmp_path / "out").control == tokenizer_of(folder).control
+
+
+@torch.no_grad()
+def test_the_last_block_of_llava_has_no_norm_after_it(tmp_path: Path) -> None:
+    ours = load(str(published("llava all", tmp_path / "given"))).model
+    maker = torch.Generator().manual_seed(1)  # as `logits` draws
+    pixels, ids = torch.randn(2, 3, SIZE, SIZE, generator=maker), torch.randint(3, 270, (2, 13), generator=maker)
+    ids = torch.cat([torch.full((2, 17), IMAGE_ID), ids], 1)
+    text = Text(ids, torch.ones_like(ids, dtype=torch.bool), ids)
+    found = ours.logits(ours.write(ours.see(pixels), text).hidden)
+    assert gap(found, logits(opened(tmp_path / "given"))) < 1e-5
+
+
+@torch.no_grad()
+def test_one_layer_where_the_layout_has_two(tmp_path: Path) -> None:
+    ours = load(str(published("llava", tmp_path / "given"))).model
+    ours.connector = MlpConnector(48, 40, 16, depth=1)
+    write_model(ours, Texts(words(), [2]), tmp_path / "out", "it")
+    assert settings(tmp_path / "out")["projector_hidden_act"] == "linear"
+    theirs, again = opened(tmp_path / "out"), load(str(tmp_path / "out")).model
+    image = torch.randn(2, 16, 48)
+    assert again.connector is not None
+    assert torch.equal(again.connector(image), ours.connector(image))
+    assert gap(theirs.model.multi_modal_projector(image), ours.connector(image)) < 1e-6
+    table = llava_table(llama_table(False), depth=1)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    state["multi_modal_projector.linear_2.weight"] *= 2
+    with pytest.raises(ValueError, match="two layers without an activation between them"):
+        table.to_ours(state)
+
+
+def test_siglip_is_padded_as_its_tokenizer_says(tmp_path: Path) -> None:
+    folder = published("siglip", tmp_path / "given")
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "pad_token": "<dec>"}))
+    text = load(str(folder)).model.text
+    assert isinstance(text, PaddedTextEncoder)
+    assert text.pad == tokenizer_of(folder).pad == 3 != settings(folder)["text_config"]["pad_token_id"]
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5", "instruct", "instruct t5"])

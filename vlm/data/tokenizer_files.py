@@ -24,14 +24,12 @@ def save_tokenizer(
     folder: Path,
     ends: bool,
     image: bool = False,
-    chat: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes both files; `load_tokenizer` reads an equal tokenizer from them.
 
     `ends`: whether eos follows a text that is encoded; bos goes before it, where there is one.
-    `image`: with a token for images. `chat`: the template of conversations, in Jinja.
-    `extra`: more of tokenizer_config.json.
+    `image`: with a token for images. `extra`: more of tokenizer_config.json.
     """
     inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
     if image:
@@ -47,7 +45,6 @@ def save_tokenizer(
         "eos_token": names[tokenizer.eos],
         "pad_token": names[tokenizer.pad],
         "clean_up_tokenization_spaces": False,
-        **({} if chat is None else {"chat_template": chat}),
         **(extra or {}),
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.data.chat_template import chat_template
+from vlm.data.template import Template
 from vlm.data.text import Tokenizer
 from vlm.data.tokenizer_files import IMAGE, save_tokenizer
 from vlm.model.published.pixels import processor_values
@@ -19,7 +21,7 @@ CONFIG, GENERATION, PIXELS, PROCESSOR = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-READER = "qformer_tokenizer"  # the Q-Former's vocabulary, in folders of InstructBLIP
+CHAT, READER = "chat_template.jinja", "qformer_tokenizer"  # the Q-Former's vocabulary, in folders of InstructBLIP
 PROCESSORS = {
     "clip": "CLIPProcessor",
     "llava": "LlavaProcessor",
@@ -32,13 +34,13 @@ PROCESSORS = {
 class Texts:
     """How texts reach a model: its tokenizer, that of a Q-Former which reads too, and the template of conversations.
 
-    `ends`: all tokens at which what it writes ends. `chat`: in Jinja.
+    `ends`: all tokens at which what it writes ends.
     """
 
     tokenizer: Tokenizer
     ends: Sequence[int]
     reader: Tokenizer | None = None
-    chat: str | None = None
+    chat: Template | None = None
 
     def control(self, model: VisionLanguageModel) -> dict[str, Any]:
         """Ids of a config.json's control tokens."""
@@ -63,13 +65,15 @@ def write_beside(folder: Path, model: VisionLanguageModel, values: Mapping[str, 
     write_json(folder / CONFIG, values)
     image = "image_token_index" in values
     goes_on = model.language is not None and not isinstance(model.language, EncoderDecoder)
-    save_tokenizer(texts.tokenizer, folder, not goes_on, image, texts.chat, named)
+    save_tokenizer(texts.tokenizer, folder, not goes_on, image, named)
     if model.language is not None:
         write_json(folder / GENERATION, texts.control(model))
     if isinstance(model.vision, ImageEncoder):
         write_json(folder / PIXELS, {**processor_values(model.vision.transform), **named})
     if image:
         write_json(folder / PROCESSOR, {**named, "image_token": IMAGE, **_image_tokens(values)})
+    if texts.chat is not None and values["model_type"] == "llava":  # BLIP-2's processor puts images before all words
+        (folder / CHAT).write_text(chat_template(texts.chat, IMAGE), encoding="utf-8")
     if values["model_type"] == "instructblip":
         assert texts.reader is not None
         (folder / READER).mkdir()

@@ -19,6 +19,7 @@ from tests.parity.noise import gap
 from vlm.data.batch import Text
 from vlm.export import write_model
 from vlm.model.published.folder import Texts
+from vlm.model.qformer import QFormer
 from vlm.nn.adapter import adapters
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 from vlm.restore import Trained, restore
@@ -30,7 +31,9 @@ EYE = (
     "patch_size: 8"
 )
 CLIP = f"{{kind: published, architecture: {{model_type: clip_vision_model, {EYE}}}, class_token: drop, layer: -2}}"
+WHOLE = CLIP.replace(", class_token: drop, layer: -2", "")
 BLIP2 = f"{{kind: published, architecture: {{model_type: blip_2_vision_model, {EYE}}}}}"
+QFORMER = "{kind: qformer, dim: 32, layers: 2, heads: 2, text: false}"
 LLAMA = "{kind: transformer, dim: 64, layers: 2, heads: 4, mixer: {kv_heads: 2}}"
 COMMON = [
     "model.init={vision: null, connector: null, language: null}",
@@ -58,7 +61,10 @@ RUNS = {
     "opt": ["blip2_stage2_opt", *COMMON, f"model.vision={BLIP2}"],
     "t5": ["blip2_stage2_t5", *COMMON, f"model.vision={BLIP2}", "model.connector.text=true"],
     "instructblip": ["instructblip", *COMMON, f"model.vision={BLIP2}"],
+    "clip": ["clip", *COMMON, f"model.vision={WHOLE}", "model.connector={kind: first}", "tokenizer={kind: clip}"],
+    "stage 1": ["blip2_stage1", *COMMON, f"model.vision={BLIP2}"],
 }
+WRITERS = ("llava", "linear", "opt", "t5", "instructblip")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +118,7 @@ def theirs(folder: Path, images: Tensor, said: Text, asked: Tensor | None) -> Te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", WRITERS)
 def test_a_run_opens_in_transformers(vlm: Commands, trained: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     done = vlm("export", trained(name), "out", folder=tmp_path)
     assert (done.code, done.out) == (0, "out\n"), done.err
@@ -137,6 +143,50 @@ def test_a_run_opens_in_transformers(vlm: Commands, trained: Callable[[str], Pat
     assert list(both["input_ids"][0]).count(settings(folder)["image_token_index"]) == restored.model.image_tokens
     if name == "instructblip":
         assert list(both["qformer_input_ids"][0]) == [1, *restored.tokenizer.encode(text), 2]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_chat_has_its_template(vlm: Commands, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    done = vlm("export", trained("linear"), "out", folder=tmp_path)
+    assert done.code == 0 and "4 adapters merged" in done.err
+    assert "one row more in the vocabulary: 400, the token that stands where an image is" in done.err
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    text = processor.apply_chat_template(asked, add_generation_prompt=True)
+    assert text.startswith("<bos>A chat between a curious user")
+    assert text.endswith("USER: <image>\nWhat is this? ASSISTANT:")
+    given = processor(images=pictures(restore(trained("linear")).model)[0][0], text=text, return_tensors="pt")
+    model = opened(tmp_path / "out")
+    assert model.generate(**given, max_new_tokens=5, do_sample=False).shape[1] > given["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_clip_and_stage_1(vlm: Commands, trained: Callable[[str], Path], tmp_path: Path) -> None:
+    for name, first, last in (("clip", 49406, 49407), ("stage 1", 1, 2)):
+        ids = torch.tensor([[first, 9, 30, last], [first, 55, 20, last]])
+        words = Text(ids, torch.ones_like(ids, dtype=torch.bool), ids)
+        done = vlm("export", trained(name), name, folder=tmp_path)
+        assert done.code == 0, done.err
+        model, theirs = restore(trained(name)).model, opened(tmp_path / name)
+        assert model.contrast is not None
+        images = pictures(model)[1]
+        if name == "clip":
+            found = model.contrast(model.embed_image(model.see(images)), model.embed_text(words))
+            assert gap(theirs(input_ids=ids, pixel_values=images).logits_per_image, found) < 1e-5
+            continue
+        assert "left out: the Q-Former's head for words" in done.err and "left out: the temperature, 0.0" in done.err
+        assert isinstance(model.connector, QFormer) and isinstance(model.connector.image_norm, torch.nn.LayerNorm)
+        model.connector.image_norm.eps = 1e-6
+        seen = model.see(images)
+        cosines = model.contrast(model.embed_image(seen), model.embed_text(words)) / model.contrast.log_scale.exp()
+        assert (
+            gap(theirs(images, ids, torch.ones_like(ids), use_image_text_matching_head=False).logits_per_image, cosines)
+            < 1e-5
+        )
+        match = theirs(images, ids, torch.ones_like(ids), use_image_text_matching_head=True).logits_per_image
+        assert gap(match, model.match_logits(seen, words)) < 1e-5
 
 
 @pytest.mark.slow
@@ -185,6 +235,18 @@ def test_a_full_disk_leaves_nothing(vlm: Commands, trained: Callable[[str], Path
             [f"model.vision={CLIP}", "model.language={kind: transformer, dim: 64, heads: 2, mixer: {kind: retention}}"],
             "language: cannot be exported: block 0 has retention (RetNet), for which transformers has no class; there "
             "is a published layout for attention with gated_mlp (Llama and its like)",
+        ),
+        (
+            [f"model.vision={CLIP}", f"model.connector={QFORMER}"],
+            "vision (VisionTransformer): only BLIP-2's own ViT, which has no norm at its end, has a place before a Q-",
+        ),
+        (
+            [
+                f"model.vision={BLIP2}",
+                "model.vision.layer=-2",
+                f"model.connector={QFORMER}",
+            ],
+            "vision: BLIP-2 reads all tokens of its end, so model.vision.layer=-1 class_token=keep",
         ),
         ([], "vision (ResNet): CLIP's own ViT alone has a place in CLIP and LLaVA"),
         (

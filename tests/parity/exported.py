@@ -14,7 +14,7 @@ from tests.parity.noise import noise
 from vlm.data.text import Tokenizer, load_tokenizer, train_bpe
 from vlm.data.tokenizer_files import save_tokenizer
 
-ROWS, IMAGE, SIZE = 320, 310, 28
+ROWS, IMAGE, SIZE, END = 320, 310, 28, 271
 CONTROL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WORDS = ["a red square on white", "a photo of a blue circle", "Question: what is it? Answer: a drum"]
 LANGUAGE = {
@@ -43,6 +43,7 @@ TEXT = {
     "vocab_size": ROWS,
     "projection_dim": 24,
     **CONTROL,
+    "eos_token_id": END,
 }
 ROPE = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -80,7 +81,7 @@ def config_of(name: str) -> PreTrainedConfig:  # noqa: PLR0911  # one for each
         case "clip":
             return transformers.CLIPConfig(text_config=TEXT, vision_config=CLIP, projection_dim=24)
         case "siglip":
-            same = {"hidden_size": 48, "vocab_size": ROWS, **CONTROL}
+            same = {"hidden_size": 48, "vocab_size": ROWS, "eos_token_id": 2}
             return transformers.SiglipConfig(text_config={**TEXT, **same, "projection_size": 48}, vision_config=CLIP)
         case "llava":
             given = {"vision_config": CLIP, "text_config": {**text, "tie_word_embeddings": False}}
@@ -163,7 +164,7 @@ def logits(model: PreTrainedModel) -> Tensor:
     pixels, ids = torch.randn(2, 3, SIZE, SIZE, generator=maker), torch.randint(3, 270, (2, 13), generator=maker)
     config = model.config
     if config.model_type in ("clip", "siglip"):
-        ids[:, -1] = 2
+        ids[:, -1] = END
         found: Tensor = model(input_ids=ids, pixel_values=pixels).logits_per_image
         return found
     given: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}

@@ -14,6 +14,7 @@ from tests.parity.blip2 import compared, expected
 from tests.parity.decoders import logit_gap
 from tests.parity.exported import (
     CLIP,
+    END,
     LANGUAGES,
     SIZE,
     SYSTEMS,
@@ -68,7 +69,8 @@ def test_from_its_modules_alone(folder: Path, tmp_path: Path) -> None:
             write_model(model, Texts(words(), [2]), tmp_path / "out", "it")
         return
     read = "instructblip" in settings(folder)["model_type"]
-    write_model(model, Texts(words(), [2], words() if read else None), tmp_path / "out", "it")
+    end = settings(folder).get("text_config", {}).get("eos_token_id", 2)
+    write_model(model, Texts(words(), [end], words() if read else None), tmp_path / "out", "it")
     before, after = opened(folder), opened(tmp_path / "out")
     state = after.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in before.state_dict().items())
@@ -152,7 +154,7 @@ def test_a_file_of_openai(tmp_path: Path) -> None:
     torch.save(open_clip_table().to_theirs(ours), tmp_path / "clip.pt")
     found = open_checkpoint(str(tmp_path / "clip.pt"))
     fill_from(found.model, found.sources)
-    write_model(found.model, Texts(words(), [2]), tmp_path / "out", "it")
+    write_model(found.model, Texts(words(), [END]), tmp_path / "out", "it")
     after = opened(tmp_path / "out")
     state = after.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
@@ -166,6 +168,12 @@ def test_of_another_type_and_in_shards(tmp_path: Path) -> None:
     assert settings(tmp_path / "out") == {**settings(folder), "dtype": "bfloat16"}
     before, after = opened(folder).state_dict(), opened(tmp_path / "out").state_dict()
     assert all(torch.equal(value.bfloat16(), after[name]) for name, value in before.items())
+
+
+def test_an_end_that_transformers_would_look_for_elsewhere(tmp_path: Path) -> None:
+    model = load(str(published("clip", tmp_path / "given"))).model
+    with pytest.raises(ValueError, match="text: the end of a text has the id 2, by which transformers knows"):
+        write_model(model, Texts(words(), [2]), tmp_path / "out", "it")
 
 
 def small(**settings: Any) -> VisionLanguageModel:

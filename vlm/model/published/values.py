@@ -26,6 +26,8 @@ SYSTEMS = (
     "with a Q-Former and a language model (BLIP-2, InstructBLIP) or both heads of stage 1; a language model alone"
 )
 
+OLD_EOS = 2
+
 
 @dataclass(frozen=True)
 class Words:
@@ -79,6 +81,12 @@ def _clip(model: VisionLanguageModel, words: Words) -> dict[str, Any]:
         raise ValueError(f"text ({type(text).__name__}): no text tower of CLIP's; there are layouts for {SYSTEMS}")
     if set(head.state_dict()) != {"image.weight", "text.weight", "log_scale"}:
         raise ValueError("contrast: CLIP's heads are two matrices without biases, and no number is added to its logits")
+    _whole(_eyes(model), "CLIP")
+    if words.control["eos_token_id"] == OLD_EOS:
+        raise ValueError(
+            f"text: the end of a text has the id {OLD_EOS}, by which transformers knows CLIP's first files, whose real "
+            "one is the largest id: it would look elsewhere for the feature; train with another tokenizer (kind: clip)"
+        )
     block, ffn, norm = _block(text.stack.blocks[0])
     shape = {"projection_dim": head.dim}
     return {
@@ -100,6 +108,13 @@ def _clip(model: VisionLanguageModel, words: Words) -> dict[str, Any]:
         },
         **shape,
     }
+
+
+def _whole(encoder: ImageEncoder, system: str) -> None:
+    """Refuses an encoder that is read elsewhere than at its end."""
+    layer, dropped = encoder.backbone.layer, getattr(encoder.backbone, "class_token", "keep") == "drop"
+    if layer != -1 or dropped or getattr(encoder.backbone, "drop", 0):
+        raise ValueError(f"vision: {system} reads all tokens of its end, so model.vision.layer=-1 class_token=keep")
 
 
 def _clip_vision(encoder: ImageEncoder, where: str) -> dict[str, Any]:
@@ -209,6 +224,7 @@ def _blip2_vision(encoder: ImageEncoder) -> dict[str, Any]:
         raise ValueError(
             f"vision ({found}): only BLIP-2's own ViT, which has no norm at its end, has a place before a Q-Former"
         )
+    _whole(encoder, "BLIP-2")
     return {
         "hidden_size": tower.embed_dim,
         "intermediate_size": blocks[0].mlp.fc1.out_features,

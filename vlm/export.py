@@ -321,7 +321,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _line(values: Mapping[str, Any], model: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     kind = values.get("model_type") or values.get("architecture") or "open_clip"
-    return f"{kind}: {count:,} parameters in {len(model.state_dict())} tensors of ours"
+    return f"{kind}: {count:,} parameters"
 
 
 @contextmanager
@@ -352,5 +352,5 @@ def _apart(sources: Sequence[str], out: Path) -> None:
     place = out.resolve()
     for name in sources:
         path = Path(name).expanduser().resolve()
-        if place == path or place in path.parents or path in place.parents:
+        if path.exists() and (place == path or place in path.parents or path in place.parents):
             raise ValueError(f"{out}: and {name}, which is read, lie in each other; write to a folder beside it")

@@ -1,15 +1,17 @@
 """What `vlm export` writes opens in transformers: the same weights, logits, settings and ids."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from tests.parity import test_lavis
+from tests.parity import test_lavis, test_open_clip
 from tests.parity.blip2 import compared, expected
 from tests.parity.decoders import logit_gap
 from tests.parity.exported import (
@@ -33,7 +35,7 @@ from vlm.data.batch import Text
 from vlm.data.tokenizer_files import save_tokenizer
 from vlm.export import export, write_model
 from vlm.model.connector import MlpConnector
-from vlm.model.published import lavis
+from vlm.model.published import lavis, llava
 from vlm.model.published.folder import Texts
 from vlm.model.published.load import load, open_checkpoint
 from vlm.model.text import PaddedTextEncoder
@@ -159,6 +161,65 @@ def test_a_file_of_openai(tmp_path: Path) -> None:
     state = after.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
     assert gap(logits(after), logits(theirs)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["plain", "timm", "siglip"])
+@torch.no_grad()
+def test_open_clip_keeps_its_layout(name: str, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    theirs, config, file = test_open_clip.hub(name, tmp_path / "given")
+    export(str(tmp_path / "given"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "open_clip_config.json").read_text()) == config
+    one, other = load_file(file), load_file(tmp_path / "out" / file.name)
+    assert set(one) == set(other) and all(torch.equal(value, other[key]) for key, value in one.items())
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    images, text = test_open_clip.given(name)
+    wanted, found = (test_open_clip.expected(model, images, text.ids) for model in (theirs, again))
+    assert all(gap(a, b) < 1e-6 for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_folder_of_llavas_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tower lies elsewhere, and has CLIP's name for a size of its own here."""
+    monkeypatch.setattr(llava, "TOWER", {**CLIP, "image_size": 336, "patch_size": 84})
+    hub, own = published("llava", tmp_path / "hub"), tmp_path / "own"
+    text = {**settings(hub)["text_config"], "model_type": "llava_llama", "mm_vision_select_layer": -2}
+    mm = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
+    save_tokenizer(words(), _made(own), ends=False)
+    (own / "config.json").write_text(json.dumps({**text, **mm}))
+    eye = {**CLIP, "image_size": 336, "patch_size": 84}
+    tower = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=eye, projection_dim=24))
+    noise(tower.eval(), scale=0.15)
+    tower.save_pretrained(tmp_path / "tower")
+    given = load_file(hub / "model.safetensors")
+    spelt = [(r"^language_model\.", ""), (r"^multi_modal_projector\.linear_1", "model.mm_projector.0")]
+    weights = {}
+    for name, value in given.items():
+        for old, new in [*spelt, (r"^multi_modal_projector\.linear_2", "model.mm_projector.2")]:
+            name = re.sub(old, new, name)
+        weights |= {} if name.startswith("vision_tower") else {name: value}
+    save_file(weights, own / "model.safetensors", {"format": "pt"})
+    export(str(own), tmp_path / "out", {"vision": str(tmp_path / "tower")})
+    found = opened(tmp_path / "out")
+    state, whole = found.state_dict(), opened(hub).state_dict()
+    same = [name for name in whole if "vision_tower" not in name]
+    assert all(torch.equal(state[name], whole[name]) for name in same)
+    own_eye = tower.vision_model.state_dict()
+    assert all(torch.equal(state[f"model.vision_tower.{name}"], value) for name, value in own_eye.items())
+    assert found.config.vision_config.patch_size == 84 and found.config.vision_feature_layer == -2
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("fact", [{"vision_feature_layer": -1}, {"projector_hidden_act": "linear"}])
+def test_changed_settings_are_noticed(fact: dict[str, Any], tmp_path: Path) -> None:
+    folder, out = published("llava", tmp_path / "given"), tmp_path / "out"
+    write_model(load(str(folder)).model, Texts(words(), [2]), out, "it")
+    (out / "config.json").write_text(json.dumps({**settings(out), **fact}))
+    assert gap(logits(opened(folder)), logits(opened(out))) > 1e-3
 
 
 def test_of_another_type_and_in_shards(tmp_path: Path) -> None:

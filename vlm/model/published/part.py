@@ -31,6 +31,13 @@ class Settings(Mapping[str, Any]):
                 return source[name]
         raise ValueError(f"{self.where}: has no '{name}', and this family has no default for it")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.given or name in self.defaults
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """`default` where neither the file nor the family says it."""
+        return self[name] if name in self else default
+
     def __iter__(self) -> Iterator[str]:
         return iter({**self.defaults, **self.given})
 

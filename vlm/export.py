@@ -23,6 +23,7 @@ from vlm.model.adapter_file import CONFIG as ADAPTER
 from vlm.model.adapter_file import save_adapter
 from vlm.model.language import Decoder, LearnedPositions
 from vlm.model.lora import merge_lora
+from vlm.model.published.decoders import LLAMA
 from vlm.model.published.folder import CONFIG, READER, Texts, write_beside, write_json
 from vlm.model.published.hub import SMALL, find
 from vlm.model.published.language import FAMILIES
@@ -91,7 +92,7 @@ def export(
         return _as_published(found, out, how, overwrite)
     texts = _published_texts(found, given, reader)
     _fill(found)
-    language = _lavis_language(given) if not found.values else None
+    language = _llava_language(found.values) if found.values else _lavis_language(given)
     return write_model(found.model, texts, out, name, language, how, overwrite)
 
 
@@ -240,6 +241,11 @@ def _lavis_language(parts: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     values = lavis_language_values(settings_of(find(parts["language"])))
     return _language_alone(values)
+
+
+def _llava_language(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the authors' own config.json, which is that of a Llama with more in it."""
+    return {"model_type": "llama", **{name: value for name, value in values.items() if name in LLAMA}}
 
 
 def _language_alone(values: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -183,6 +183,7 @@ def test_a_folder_of_llavas_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(llava, "TOWER", {**CLIP, "image_size": 336, "patch_size": 84})
     hub, own = published("llava", tmp_path / "hub"), tmp_path / "own"
     text = {**settings(hub)["text_config"], "model_type": "llava_llama", "mm_vision_select_layer": -2}
+    text["max_position_embeddings"] = 999
     mm = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
     save_tokenizer(words(), _made(own), ends=False)
     (own / "config.json").write_text(json.dumps({**text, **mm}))
@@ -205,6 +206,7 @@ def test_a_folder_of_llavas_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(state[name], whole[name]) for name in same)
     own_eye = tower.vision_model.state_dict()
     assert all(torch.equal(state[f"model.vision_tower.{name}"], value) for name, value in own_eye.items())
+    assert found.config.text_config.max_position_embeddings == 999
     assert found.config.vision_config.patch_size == 84 and found.config.vision_feature_layer == -2
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
 

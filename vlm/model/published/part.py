@@ -36,7 +36,7 @@ class Settings(Mapping[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """`default` where neither the file nor the family says it."""
-        return self[name] if name in self else default
+        return {**self.defaults, **self.given}.get(name, default)
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self.defaults, **self.given})

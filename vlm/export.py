@@ -337,7 +337,8 @@ def _draft(out: Path, overwrite: bool) -> Iterator[Path]:
         with drafted(out, overwrite, _check) as draft:
             yield draft
     except OSError as error:
-        raise OSError(f"could not write {out}: {error.strerror or error}; nothing was written") from None
+        first = error.__context__ if isinstance(error.__context__, OSError) else error  # `save` says where it drafts
+        raise OSError(f"could not write {out}: {first.strerror or first}; nothing was written") from None
 
 
 def _check(out: Path, overwrite: bool) -> None:

@@ -109,6 +109,13 @@ def test_one_layer_where_the_layout_has_two(tmp_path: Path) -> None:
         table.to_ours(state)
 
 
+def test_llava_before_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    ours = load(str(published("llava", tmp_path / "given"))).model
+    ours.language = load(str(published("t5", tmp_path / "t5"))).model.language
+    with pytest.raises(ValueError, match=r"^it: language: an encoder-decoder \(T5\), and LLaVA's is a decoder"):
+        write_model(ours, Texts(words(), [2]), tmp_path / "out", "it")
+
+
 def test_siglip_is_padded_as_its_tokenizer_says(tmp_path: Path) -> None:
     folder = published("siglip", tmp_path / "given")
     said = json.loads((folder / "tokenizer_config.json").read_text())

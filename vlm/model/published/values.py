@@ -17,6 +17,7 @@ from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.text import PaddedTextEncoder, TextEncoder
 from vlm.model.vision import ImageEncoder, OpenClipBackbone, TimmBackbone
 from vlm.model.vlm import VisionLanguageModel
+from vlm.nn.attention import Attention
 from vlm.nn.block import Block
 from vlm.nn.ffn import Mlp
 from vlm.nn.route import PerRoute
@@ -87,19 +88,19 @@ def _clip(model: VisionLanguageModel, words: Words) -> dict[str, Any]:
             f"text: the end of a text has the id {OLD_EOS}, by which transformers knows CLIP's first files, whose real "
             "one is the largest id: it would look elsewhere for the feature; train with another tokenizer (kind: clip)"
         )
-    block, ffn, norm = _block(text.stack.blocks[0])
+    mixer, ffn, norm = _block(text.stack.blocks[0])
     shape = {"projection_dim": head.dim}
     return {
         "model_type": "clip",
         "architectures": ["CLIPModel"],
-        "vision_config": {**_clip_vision(_eyes(model), "vision"), **shape},
+        "vision_config": {**_clip_vision(_eyes(model)), **shape},
         "text_config": {
             "model_type": "clip_text_model",
             "vocab_size": text.embedding.num_embeddings,
             "hidden_size": text.dim,
             "intermediate_size": ffn.up.out_features,
             "num_hidden_layers": len(text.stack.blocks),
-            "num_attention_heads": getattr(block.mixer, "heads"),  # noqa: B009  # of Attention, which TextEncoder made
+            "num_attention_heads": mixer.heads,
             "max_position_embeddings": text.max_tokens,
             "hidden_act": activation_name(ffn.activation),
             "layer_norm_eps": norm.eps,
@@ -117,13 +118,13 @@ def _whole(encoder: ImageEncoder, system: str) -> None:
         raise ValueError(f"vision: {system} reads all tokens of its end, so model.vision.layer=-1 class_token=keep")
 
 
-def _clip_vision(encoder: ImageEncoder, where: str) -> dict[str, Any]:
+def _clip_vision(encoder: ImageEncoder) -> dict[str, Any]:
     """The vision_config of open_clip's own ViT; what else it may have shows in its names, which are compared later."""
     tower = encoder.backbone.visual if isinstance(encoder.backbone, OpenClipBackbone) else None
     blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
     if tower is None or not blocks or not isinstance(blocks[0].attn, nn.MultiheadAttention):
         found = type(getattr(encoder.backbone, "model", tower)).__name__
-        raise ValueError(f"{where} ({found}): CLIP's own ViT alone has a place in CLIP and LLaVA")
+        raise ValueError(f"vision ({found}): CLIP's own ViT alone has a place in CLIP and LLaVA")
     return {
         "model_type": "clip_vision_model",
         "hidden_size": tower.conv1.out_channels,
@@ -139,7 +140,11 @@ def _clip_vision(encoder: ImageEncoder, where: str) -> dict[str, Any]:
 
 
 def _llava(encoder: ImageEncoder, connector: MlpConnector, text: dict[str, Any], words: Words) -> dict[str, Any]:
-    vision = _clip_vision(encoder, "vision")
+    if text["model_type"] == "t5":
+        raise ValueError(
+            "language: an encoder-decoder (T5), and LLaVA's is a decoder; behind a Q-Former there is BLIP-2"
+        )
+    vision = _clip_vision(encoder)
     linears = [layer for layer in connector.layers if isinstance(layer, nn.Linear)]
     if len(linears) > 2 or (len(linears) == 2 and linears[0].out_features != connector.dim):
         raise ValueError(
@@ -184,7 +189,7 @@ def _blip2(encoder: ImageEncoder, qformer: QFormer, text: dict[str, Any], words:
 
 def _blip2_values(encoder: ImageEncoder, qformer: QFormer, family: str) -> dict[str, Any]:
     vision, crosses = _blip2_vision(encoder), _crosses(qformer)
-    block, ffn, norm = _block(qformer.stack.blocks[0])
+    mixer, ffn, norm = _block(qformer.stack.blocks[0])
     every = crosses[1] if len(crosses) > 1 else len(qformer.stack.blocks)
     words = {}
     if isinstance(qformer.text, TextBranch):
@@ -198,7 +203,7 @@ def _blip2_values(encoder: ImageEncoder, qformer: QFormer, family: str) -> dict[
             "model_type": f"{family}_qformer",
             "hidden_size": qformer.width,
             "num_hidden_layers": len(qformer.stack.blocks),
-            "num_attention_heads": getattr(block.mixer, "heads"),  # noqa: B009  # of Attention, which QFormer made
+            "num_attention_heads": mixer.heads,
             "intermediate_size": ffn.up.out_features,
             "hidden_act": activation_name(ffn.activation),
             "layer_norm_eps": norm.eps,
@@ -238,10 +243,10 @@ def _blip2_vision(encoder: ImageEncoder) -> dict[str, Any]:
     }
 
 
-def _block(block: nn.Module) -> tuple[Block, Mlp, nn.LayerNorm]:
-    """A block of the common stack with its plain network, that of queries in a Q-Former, and its first norm."""
+def _block(block: nn.Module) -> tuple[Attention, Mlp, nn.LayerNorm]:
+    """Of a block of the common stack: attention, plain network (that of queries in a Q-Former), first norm."""
     assert isinstance(block, Block)
     ffn = block.ffn.routes["query"] if isinstance(block.ffn, PerRoute) else block.ffn
     norm = block.mixer_residual.norm
-    assert isinstance(ffn, Mlp) and isinstance(norm, nn.LayerNorm)
-    return block, ffn, norm
+    assert isinstance(block.mixer, Attention) and isinstance(ffn, Mlp) and isinstance(norm, nn.LayerNorm)
+    return block.mixer, ffn, norm

@@ -20,10 +20,11 @@ class Recorder:
         self.error = error
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> list[str]:
         self.calls.append((args, kwargs))
         if self.error:
             raise self.error
+        return []
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
         recorder = Recorder(error)
         below = SimpleNamespace(train=recorder, quickstart=recorder, caption=recorder, evaluate=recorder)
         below.check, below.preview = recorder, recorder
-        for name in ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run", "vlm.eval.doctor", "vlm.eval.preview"):
+        below.export = recorder
+        names = ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run", "vlm.eval.doctor", "vlm.eval.preview")
+        for name in (*names, "vlm.export"):
             monkeypatch.setitem(sys.modules, name, below)
         monkeypatch.setattr(sys, "argv", ["vlm", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -42,6 +45,14 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
         return int(caught.value.code or 0), recorder.calls
 
     return run
+
+
+def test_arguments_of_export_arrive(vlm: Any) -> None:
+    assert vlm("export", "run", "out") == (0, [(("run", Path("out"), {}, None, 5.0, False, False), {})])
+    more = ["--part", "vision=a=b.pth", "--part", "language=l", "--dtype", "bfloat16", "--shard-gb", "2"]
+    given = vlm("export", "x.pth", "out", *more, "--adapters", "--overwrite")
+    parts = {"vision": "a=b.pth", "language": "l"}
+    assert given == (0, [(("x.pth", Path("out"), parts, "bfloat16", 2.0, True, True), {})])
 
 
 def test_arguments_arrive(vlm: Any) -> None:

@@ -225,7 +225,7 @@ def _mixer(settings: Mixer, dim: int, heads: int) -> nn.Module:
                 settings.kv_heads,
                 settings.bias,
                 out_bias=False,
-                norm=RMSNorm if settings.head_norm else None,
+                norm=(lambda width: RMSNorm(width, eps=1e-5)) if settings.head_norm else None,
                 window=settings.window,
             )
         case RetentionMixer():

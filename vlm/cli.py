@@ -47,7 +47,7 @@ part_option = click.option(
     metavar="NAME=SOURCE",
     help="A part of a published checkpoint (vision, qformer, language) that lies elsewhere; may be repeated.",
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the run that the folder holds.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what the folder holds.")
 json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
@@ -178,6 +178,29 @@ def evaluate(
     from vlm.eval.run import evaluate as measure
 
     measure(model, list(shards), json=json, caption=caption, k=k, parts=parts)
+
+
+@app.command()
+@click.argument("model")
+@click.argument("out", type=folder)
+@part_option
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights; unchanged.")
+@click.option("--shard-gb", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True)
+@click.option("--adapters", is_flag=True, help="Only the adapters of a run (LoRA), as peft's folder.")
+@overwrite_option
+def export(
+    model: str, out: Path, parts: dict[str, str], dtype: str | None, shard_gb: float, adapters: bool, overwrite: bool
+) -> None:
+    """Write a model as a folder that transformers opens.
+
+    MODEL is the folder of a run, a published checkpoint, or OWNER/NAME[@REVISION] of the Hugging Face hub. Adapters
+    come merged.
+    """
+    from vlm.export import export as run
+
+    for line in run(model, out, parts, dtype, shard_gb, overwrite, adapters):
+        click.echo(line, err=True)
+    click.echo(out)
 
 
 @app.command("config")

@@ -53,13 +53,13 @@ def published(name: str, device: torch.device | None = None, parts: Mapping[str,
     vocabularies = {part: find(given.pop(part)) for part in TOKENIZERS if part in given}
     found = load(name, given, device="cpu" if device is None else device)
     model = found.model
-    tokenizer = _tokenizer(found, given, vocabularies.get("tokenizer"))
+    tokenizer = tokenizer_of(found, given, vocabularies.get("tokenizer"))
     usage = _usage(found, tokenizer)
     reads = _reader(found, vocabularies.get("qformer_tokenizer"))
     return Ready(name, model, tokenizer, _settings(model, usage), _writes(model), usage=usage, reads=reads)
 
 
-def _tokenizer(found: Checkpoint, parts: Mapping[str, str], given: Path | None) -> Tokenizer:
+def tokenizer_of(found: Checkpoint, parts: Mapping[str, str], given: Path | None = None) -> Tokenizer:
     """As given, or of the language model, or the folder's; CLIP's own vocabulary for its files without one."""
     add = ("[DEC]",) if _writes_itself(found.model) else ()
     if given is not None:

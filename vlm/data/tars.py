@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,12 +162,14 @@ def _written(out: Path) -> set[str]:
 
 
 @contextmanager
-def drafted(out: Path, overwrite: bool) -> Iterator[Path]:
+def drafted(out: Path, overwrite: bool, check: Callable[[Path, bool], None] | None = None) -> Iterator[Path]:
     """A hidden folder beside `out`, which becomes `out` at the end; locked while it is filled, gone after an error.
 
-    Errors: as of `check_out`; another process fills it.
+    `check`: refuses an `out` that is not to be replaced, `check_out` unless given. Errors: as of it; another process
+    fills it.
     """
-    check_out(out, overwrite)
+    check = check_out if check is None else check
+    check(out, overwrite)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     draft, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
@@ -180,9 +182,11 @@ def drafted(out: Path, overwrite: bool) -> Iterator[Path]:
         try:
             if old.exists() and not out.exists():  # killed between the two steps of replacing it
                 old.replace(out)
-                check_out(out, overwrite)
+                check(out, overwrite)
             for left in draft.iterdir():
-                if left.name != ".lock":
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != ".lock":
                     left.unlink()
             yield draft
             _publish(draft, out, old)

@@ -79,8 +79,13 @@ def needs(main: Weights, where: str) -> dict[str, str]:
 
 def lavis_language(values: Mapping[str, Any], where: str) -> Part:
     """The language model as LAVIS runs it: Flan-T5 with the exact GELU, whatever its config.json says."""
+    return language_part(lavis_language_values(values), where)
+
+
+def lavis_language_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a language model, changed to what LAVIS runs."""
     exact = {"dense_act_fn": "gelu"} if values.get("model_type") == "t5" else {}
-    return language_part({**values, **exact}, where)
+    return {**values, **exact}
 
 
 def lavis_system(

@@ -6,7 +6,7 @@ from typing import Any, cast
 from vlm.data.image import ImageTransform
 from vlm.model.connector import MlpConnector
 from vlm.model.language import Language
-from vlm.model.published.clip import clip_vision_part
+from vlm.model.published.clip import CLIP_VISION, clip_vision_part
 from vlm.model.published.language import language_part
 from vlm.model.published.part import Part, Settings
 from vlm.model.vision import ImageEncoder
@@ -21,7 +21,7 @@ LLAVA: dict[str, Any] = {
     "multimodal_projector_bias": True,
 }
 # CLIP ViT-L/14 at 336 pixels, which is what LLaVA takes where its config.json has no vision_config.
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "patch_size": 14,
@@ -41,16 +41,21 @@ def llava_part(values: Mapping[str, Any], where: str, transform: ImageTransform 
     if "mm_vision_tower" in values:
         return _original(Settings(values, where, {}), transform)
     s = Settings(values, where, LLAVA)
-    s.expect(projector_hidden_act=("gelu",), multimodal_projector_bias=(True,), vision_feature_select_strategy=CHOICES)
+    s.expect(
+        projector_hidden_act=("gelu", "linear"),
+        multimodal_projector_bias=(True,),
+        vision_feature_select_strategy=CHOICES,
+    )
+    seen = {"model_type": "clip_vision_model", **s.get("vision_config", TOWER)}
     vision = clip_vision_part(
-        {"model_type": "clip_vision_model", **s.get("vision_config", TOWER)},
+        seen,
         f"{where}: vision_config",
-        layer=_layer(s, "vision_feature_layer"),
+        layer=_layer(s, "vision_feature_layer", seen.get("num_hidden_layers", CLIP_VISION["num_hidden_layers"])),
         class_token="drop" if s["vision_feature_select_strategy"] == "default" else "keep",
         transform=transform,
     )
     language = language_part({"model_type": "llama", **s.get("text_config", {})}, f"{where}: text_config")
-    return _composed(vision, language, depth=2)
+    return _composed(vision, language, depth=2 if s["projector_hidden_act"] == "gelu" else 1)
 
 
 CHOICES = ("default", "full")
@@ -67,7 +72,7 @@ def _original(s: Settings, transform: ImageTransform | None) -> Part:
     vision = clip_vision_part(
         _tower(s),
         f"{s.where}: mm_vision_tower",
-        layer=_layer(s, "mm_vision_select_layer"),
+        layer=_layer(s, "mm_vision_select_layer", TOWER["num_hidden_layers"]),
         class_token="drop" if s.get("mm_vision_select_feature", "patch") == "patch" else "keep",
         transform=transform,
     )
@@ -93,8 +98,9 @@ def _composed(vision: Part, language: Part, depth: int, original: bool = False) 
     return Part(model, llava_table(language.table, depth, original, vision.table))
 
 
-def _layer(s: Settings, name: str) -> int:
+def _layer(s: Settings, name: str, blocks: int) -> int:
+    """As an image encoder of ours counts, whose -1 is the last block after the norm that LLaVA leaves out."""
     layer = s[name]
     if not isinstance(layer, int) or layer >= 0:
         raise ValueError(f"{s.where}: {name}={layer!r}: one layer, counted from the end, such as -2")
-    return layer
+    return blocks - 1 if layer == -1 else layer

@@ -103,3 +103,32 @@ def _three(s: Settings, name: str) -> tuple[float, float, float]:
 
 def _colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     return int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)
+
+
+def processor_values(t: ImageTransform) -> dict[str, Any]:
+    """preprocessor_config.json of a transform, the way back of `image_transform`.
+
+    Where the middle lies between two pixels, transformers takes the first of them (`floored`), whatever ours does.
+    ValueError: pictures fitted by their longer side, which no published processor does.
+    """
+    if t.resize == "longest":
+        raise ValueError("pictures are fitted by their longer side (resize=longest), which no image processor does")
+    height, width = (int(side / t.crop_fraction) for side in t.size)
+    edges = {"height": height, "width": width} if t.resize == "squash" else {"shortest_edge": height}
+    if t.resize != "squash" and height != width:
+        raise ValueError(f"pictures of {t.size} cut from the middle: image processors cut squares alone")
+    return {
+        "image_processor_type": "LlavaImageProcessor" if t.resize == "padded" else "CLIPImageProcessor",
+        "do_resize": True,
+        "size": edges,
+        "resample": 2 if t.interpolation == "bilinear" else 3,
+        "do_center_crop": True,
+        "crop_size": {"height": t.size[0], "width": t.size[1]},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(t.mean),
+        "image_std": list(t.std),
+        **({"do_pad": True} if t.resize == "padded" else {}),
+        "do_convert_rgb": True,
+    }

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vlm.data.image import ImageTransform
 from vlm.data.text import load_tokenizer
 from vlm.model.language import Language
@@ -27,7 +29,6 @@ from vlm.model.weights.bert import bert_table
 from vlm.model.weights.llama import llama_table
 from vlm.model.weights.open_clip import hf_clip_table, hf_siglip_vision_table, open_clip_table
 from vlm.model.weights.opt import opt_table
-from vlm.model.weights.source import Weights
 from vlm.model.weights.t5 import t5_table
 from vlm.model.weights.table import Table
 
@@ -52,7 +53,7 @@ SYSTEMS: Mapping[str, Callable[[Mapping[str, Any], str], Part]] = {
 }
 
 
-def system_part(values: Mapping[str, Any], path: Path, weights: Weights) -> Part:
+def system_part(values: Mapping[str, Any], path: Path, weights: Mapping[str, Tensor]) -> Part:
     """The `VisionLanguageModel` that a folder's settings describe, or that a file's tensors are.
 
     ValueError: a family that is not known (with the nearest one), a setting that our parts do not have.
@@ -80,7 +81,7 @@ def _siglip(values: Mapping[str, Any], path: Path) -> Part:
     return siglip_part(values, str(path / CONFIG), pad=pad)
 
 
-def _of_one_part(values: Mapping[str, Any], where: str, weights: Weights) -> Part:
+def _of_one_part(values: Mapping[str, Any], where: str, weights: Mapping[str, Tensor]) -> Part:
     if "architecture" in values:
         return timm_part(values, where)
     match values.get("model_type"):
@@ -156,7 +157,7 @@ def _alone(part: Part) -> Part:
             return Part(VisionLanguageModel(text=part.module), part.table.under("", "text."))
 
 
-def _of_file(path: Path, weights: Weights) -> Part:
+def _of_file(path: Path, weights: Mapping[str, Tensor]) -> Part:
     if "visual.conv1.weight" in weights or "visual.layer1.0.conv1.weight" in weights:
         return openai_clip_part({name: tuple(tensor.shape) for name, tensor in weights.items()}, str(path))
     remedy = "; a file alone is read of OpenAI's CLIP, LAVIS and MiniGPT-4: give the folder with its config.json"

@@ -92,6 +92,23 @@ class Table:
             tuple(row.under(theirs, ours) for row in self.also),
         )
 
+    def renamed(self, pairs: tuple[tuple[str, str], ...]) -> "Table":
+        """The same where published names are spelt otherwise: patterns and what stands in their place."""
+
+        def spelt(name: str) -> str:
+            for pattern, replacement in pairs:
+                name = re.sub(pattern, replacement, name)
+            return name
+
+        def row(old: Row | Experts | Subtree) -> Row | Experts | Subtree:
+            if isinstance(old, Subtree):
+                return replace(old, theirs=spelt(old.theirs))
+            if isinstance(old, Experts) or not isinstance(old.theirs, str):
+                return replace(old, theirs=tuple(map(spelt, old.theirs)))
+            return replace(old, theirs=spelt(old.theirs))
+
+        return replace(self, rows=tuple(map(row, self.rows)), also=())
+
     def only(self, ours: str) -> "Table":
         """The table of the part whose names of ours begin so; what the files hold of the other parts is passed over."""
         rows = tuple(mine for row in self.rows if (mine := row.within(ours)) is not None)

@@ -154,7 +154,7 @@ def test_what_a_file_holds_and_needs(tmp_path: Path) -> None:
     assert contents(main) == {"qformer", "projection"} and contents(whole) == {"qformer", "projection", "vision"}
     assert contents(read(paths["vision"])) == {"vision"}
     assert set(needs(main, "a")) == {"vision", "language"} and set(needs(whole, "a")) == {"language"}
-    with pytest.raises(ValueError, match=r"^blip2\.pth: .*  vision: .*eva_vit_g\.pth; language: .* width 40"):
+    with pytest.raises(ValueError, match=r"^blip2\.pth: .* vision: .*eva_vit_g\.pth; language: .* width 40"):
         lavis_system("blip2.pth", main)
     with pytest.raises(ValueError, match=r"^x\.pth: no file of LAVIS or MiniGPT-4; it holds conv\.weight"):
         needs({"conv.weight": torch.zeros(1)}, "x.pth")

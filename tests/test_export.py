@@ -273,7 +273,7 @@ def test_parts_of_no_published_system_are_refused(vlm: Commands, given: list[str
     ("arguments", "said"),
     [
         (["nowhere", "out"], "'nowhere' is neither a file or folder nor a name on the hub"),
-        (["given", "out", "--part", "vision"], "--part vision: NAME=SOURCE, such as vision=eva_vit_g.pth"),
+        (["given", "out", "--part", "vision"], "'vision' is not NAME=SOURCE, such as vision=eva_vit_g.pth"),
         (["given", "out", "--adapters"], "given: --adapters is for the folder of a run"),
         (["given", "given"], "given: exists already; choose another folder, or --overwrite it"),
     ],

@@ -219,8 +219,9 @@ def test_what_is_no_run(vlm: Commands, place: Path, verb: list[str]) -> None:
     (place / "begun").mkdir()
     write_config(place / "begun" / "config.yaml", settings("clip", Path("squares.tar")))
     for run, message in {
-        ".": "vlm: . is not the folder of a run: it has no config.yaml",
-        "nowhere": "vlm: nowhere is not the folder of a run: it has no config.yaml",
+        ".": "vlm: . is neither the folder of a run (no config.yaml) nor a published checkpoint",
+        "nowhere": "vlm: 'nowhere' is neither a file or folder nor a name on the hub "
+        "(owner/name or owner/name@revision)",
         "begun": "vlm: begun holds no checkpoint yet: let it train up to its first save",
     }.items():
         assert refused(vlm, place, *(run if word == "RUN" else word for word in verb)) == [message]

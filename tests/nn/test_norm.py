@@ -32,3 +32,19 @@ def test_bfloat16_computes_in_float32() -> None:
     rough = norm(x.bfloat16())
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), norm(x.bfloat16().float()), atol=0, rtol=2**-8)
+
+
+def test_a_bfloat16_stream_with_a_gain_in_float32() -> None:
+    """As under autocast: gradients as those of fp32, but for the rounding of what comes in."""
+    ours, plain = RMSNorm(16, eps=1e-5), nn.RMSNorm(16, eps=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        plain.weight.copy_(ours.weight.normal_(1, 0.1, generator=generator))
+    x = torch.randn(3, 5, 16, generator=generator).bfloat16().requires_grad_()
+    like = x.detach().float().requires_grad_()
+    slope = torch.randn(3, 5, 16, generator=generator).bfloat16()
+    ours(x).backward(slope)
+    plain(like).backward(slope.float())
+    assert x.grad.dtype == torch.bfloat16 and ours.weight.grad.dtype == torch.float32
+    assert torch.allclose(x.grad.float(), like.grad, atol=0.02)
+    assert torch.allclose(ours.weight.grad, plain.weight.grad, atol=0.05)

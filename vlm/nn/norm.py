@@ -45,6 +45,8 @@ class _RmsNorm(torch.autograd.Function):
         """d x = s (g w) - x s^3 mean(g w x); both sums are matrix-vector products over the same g x."""
         x, weight, scale = ctx.saved_tensors
         product = grad * x
+        if weight is not None:
+            product = product.to(weight.dtype)  # a bf16 stream may have a gain in fp32
         total = product.sum(-1, keepdim=True, dtype=scale.dtype) if weight is None else (product @ weight)[..., None]
         grad_weight = None
         if weight is not None and ctx.needs_input_grad[1]:

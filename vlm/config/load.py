@@ -93,12 +93,19 @@ def _override(settings: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[
         except ValueError as error:
             problems.append(f"{text}: {error}")
     # A new kind drops the old choice's settings, so kinds come first and the order on the command line is free.
-    for text, keys, value in sorted(pairs, key=lambda pair: len(pair[1]) if pair[1][-1] == "kind" else 1_000):
+    for text, keys, value in sorted(pairs, key=lambda pair: _depth_of_kind(*pair[1:])):
         try:
             settings = _assign(settings, keys, value)
         except ValueError as error:
             problems.append(f"{text}: {error}")
     return settings, problems
+
+
+def _depth_of_kind(keys: Sequence[str], value: Any) -> int:
+    """How deep an override chooses a kind, itself or in a mapping; those that choose none come last."""
+    if keys[-1] == "kind":
+        return len(keys)
+    return len(keys) + 1 if isinstance(value, dict) and "kind" in value else 1_000
 
 
 def _split(text: str) -> tuple[list[str], Any]:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
+from vlm.config import schema
 from vlm.config.language import TransformerLanguage
 from vlm.config.load import ConfigError, dump, load, merge
-from vlm.config.schema import Run
 
 
 class Part(BaseModel):
@@ -276,5 +276,5 @@ def test_a_kind_in_a_mapping_comes_before_the_settings_below_it() -> None:
     config = Path(__file__).parents[2] / "configs" / "tiny" / "llava_stage1.yaml"
     words = ["model.language={kind: transformer}", "model.language.mixer.kind=retention"]
     for overrides in (words, words[::-1]):
-        language = load(Run, config, overrides).model.language
+        language = load(schema.Run, config, overrides).model.language
         assert isinstance(language, TransformerLanguage) and language.mixer.kind == "retention"

@@ -64,14 +64,7 @@ SYSTEMS = (
     System(
         "LLaVA, LLaVA-1.5",
         "2310.03744",
-        (
-            "llava_stage1*",
-            "llava_stage2*",
-            "llava15_stage1*",
-            "llava15_stage2*",
-            "tiny/adapter",
-            "tiny/llava_deepseekmoe",
-        ),
+        (*LLAVA, "tiny/adapter", "tiny/llava_deepseekmoe"),
         "Hugging Face, the authors'",
         "transformers 1.1e-6, loss 4.8e-7",
     ),

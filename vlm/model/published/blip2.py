@@ -13,7 +13,7 @@ from vlm.model.published.vit import BLIP2_VISION, blip2_vit
 from vlm.model.qformer import QFormer, TextBranch
 from vlm.model.vision import ImageEncoder
 from vlm.model.vlm import VisionLanguageModel
-from vlm.model.weights.blip2 import HUGGING_FACE, INSTRUCTBLIP, blip2_front_table, blip2_table, retrieval_table
+from vlm.model.weights.blip2 import HUGGING_FACE, INSTRUCTBLIP, blip2_table, retrieval_table
 from vlm.model.weights.table import Table
 
 # What transformers' config classes take where config.json says nothing (the first files held hardly anything).
@@ -56,18 +56,6 @@ def blip2_part(values: Mapping[str, Any], where: str) -> Part:
         known = (INSTRUCTED,) if instructed else (*GENERATION, RETRIEVAL)
         raise ValueError(f"{where}: architectures={named}: known here are {', '.join(known)}")
     return _generation(s, instructed)
-
-
-def front_part(values: Mapping[str, Any], where: str) -> Part:
-    """The image encoder and the Q-Former alone of such a config.json, to be set before a language model of one's own.
-
-    What else its files hold is left there. ValueError as of `blip2_part`.
-    """
-    s, instructed = _settings(values, where)
-    reads = instructed or bool(s.section("qformer_config", QFORMER)["use_qformer_text_input"])
-    vision, tower = _vision(s)
-    table = blip2_front_table(tower, INSTRUCTBLIP if instructed else HUGGING_FACE)
-    return Part(VisionLanguageModel(vision, _qformer(s, reads)), table)
 
 
 def _settings(values: Mapping[str, Any], where: str) -> tuple[Settings, bool]:

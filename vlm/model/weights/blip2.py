@@ -92,12 +92,6 @@ def blip2_table(vision: Table, language: Table, names: Names = HUGGING_FACE) -> 
     return system("BLIP-2", *_front(vision, names), *rest)
 
 
-def blip2_front_table(vision: Table, names: Names = HUGGING_FACE) -> Table:
-    """Image encoder and Q-Former of any of these; the rest of a file is left."""
-    left = r"(language_model|language_projection|vision_projection|text_projection|itm_head)\..*"
-    return system("BLIP-2 Q-Former", *_front(vision, names), Table("left", (), (left,)))
-
-
 def retrieval_table(vision: Table) -> Table:
     """A `Blip2ForImageTextRetrieval`: the heads of stage 1 but that for words.
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from vlm.captioning.run import find_images
 from vlm.data.batch import pad
 from vlm.data.image import decode
 from vlm.data.text import encode_caption
-from vlm.eval.run import find_images
 from vlm.loss.contrastive import similarity
 from vlm.restore import restore
 

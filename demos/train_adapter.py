@@ -8,7 +8,7 @@ model.vision='{kind: open_clip, name: ViT-B-32, weights: laion2b_s34b_b79k}' wit
 import sys
 from pathlib import Path
 
-from vlm.eval.run import caption, find_images
+from vlm.captioning.run import caption, find_images
 from vlm.train.run import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "adapter.yaml"

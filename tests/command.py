@@ -142,7 +142,7 @@ def wait_for(file: Path, text: str, seconds: float = 60) -> None:
 
 def serve() -> None:
     """Forks for each request on standard input; answers with the process's id, and with its exit code at the end."""
-    for name in ("vlm.train.run", "vlm.eval.run"):  # what takes seconds to import
+    for name in ("vlm.train.run", "vlm.eval.run", "vlm.captioning.run"):  # what takes seconds to import
         importlib.import_module(name)
     for line in sys.stdin:
         request, processes = json.loads(line), list[int]()

@@ -36,7 +36,14 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
         below = SimpleNamespace(train=recorder, quickstart=recorder, caption=recorder, evaluate=recorder)
         below.check, below.preview = recorder, recorder
         below.export = recorder
-        names = ("vlm.train.run", "vlm.quickstart.run", "vlm.eval.run", "vlm.eval.doctor", "vlm.eval.preview")
+        names = (
+            "vlm.train.run",
+            "vlm.quickstart.run",
+            "vlm.eval.run",
+            "vlm.captioning.run",
+            "vlm.eval.doctor",
+            "vlm.eval.preview",
+        )
         for name in (*names, "vlm.export"):
             monkeypatch.setitem(sys.modules, name, below)
         monkeypatch.setattr(sys, "argv", ["vlm", *arguments])

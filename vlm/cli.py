@@ -12,43 +12,16 @@ from typing import Literal
 import click
 
 from vlm import __version__
+from vlm.cli_options import (
+    config_argument,
+    folder,
+    json_option,
+    model_option,
+    overrides_argument,
+    overwrite_option,
+    part_option,
+)
 from vlm.cli_shards import pipe_option, shards
-
-folder = click.Path(path_type=Path)
-config_argument = click.argument("config", type=folder)
-overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-model_option = click.option(
-    "--model",
-    "-m",
-    required=True,
-    metavar="MODEL",
-    help="The folder of a finished run, a published checkpoint (a folder or a file), or OWNER/NAME[@REVISION] of the "
-    "Hugging Face hub.",
-)
-
-
-def _parts(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
-    """NAME=SOURCE as a table."""
-    pairs = [part.partition("=") for part in given]
-    for part, (name, _equals, source) in zip(given, pairs, strict=True):
-        if not name or not source:
-            raise click.BadParameter(f"'{part}' is not NAME=SOURCE, such as vision=eva_vit_g.pth")
-    names = [name for name, *_rest in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise click.BadParameter(f"{twice} is given {names.count(twice)} times")
-    return {name: source for name, _equals, source in pairs}
-
-
-part_option = click.option(
-    "--part",
-    "parts",
-    multiple=True,
-    callback=_parts,
-    metavar="NAME=SOURCE",
-    help="A part of a published checkpoint (vision, qformer, language) that lies elsewhere; may be repeated.",
-)
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what the folder holds.")
-json_option = click.option("--json", is_flag=True, help="Print JSON.")
 
 
 @click.group(
@@ -154,7 +127,7 @@ def caption(
 
     IMAGE is a file, a folder, or - for a list on standard input.
     """
-    from vlm.eval.run import caption as describe
+    from vlm.captioning.run import caption as describe
 
     describe(model, list(images), json=json, parts=parts, question=question, **sampling)  # type: ignore[arg-type]  # click made each of its type
 

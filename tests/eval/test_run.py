@@ -12,11 +12,12 @@ import torch
 
 from tests.tiny import COLOURS, pack, picture, squares, tiny_run
 from vlm import build_data
+from vlm.captioning import run as run_module
+from vlm.captioning.run import caption, captions, find_images
 from vlm.data.image import decode
 from vlm.data.shards import Shards
-from vlm.eval import run as run_module
 from vlm.eval.features import extract, match_pairs
-from vlm.eval.run import caption, captions, evaluate, find_images, retrieval
+from vlm.eval.run import evaluate, retrieval
 from vlm.model.generate import Sampling
 from vlm.restore import restore
 from vlm.train.run import train_run

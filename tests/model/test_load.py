@@ -16,9 +16,9 @@ from tests import folders, folders_own
 from tests.folders import QUERIES, Made, photographs, written
 from tests.folders_own import Files
 from tests.parity.noise import gap, noise
+from vlm.captioning.run import captions
 from vlm.data.batch import pad
 from vlm.data.text import encode_caption
-from vlm.eval.run import captions
 from vlm.model.beam import Beams
 from vlm.model.bert import Bert
 from vlm.model.generate import Decoding, Sampling

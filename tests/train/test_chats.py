@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny import COLOURS, ITC, LANGUAGE, LM, QFORMER, VISION, Made, picture, read, records, write_config
 from vlm import build_data
+from vlm.captioning.run import caption
 from vlm.config.load import ConfigError
 from vlm.config.schema import Run
 from vlm.data.batch import Batch
@@ -19,7 +20,6 @@ from vlm.data.talk_batch import collate_talks
 from vlm.data.write import Recipe, write
 from vlm.eval.doctor import check
 from vlm.eval.preview import preview
-from vlm.eval.run import caption
 from vlm.model.describe import answer
 from vlm.model.generate import Sampling
 from vlm.restore import READER, restore

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests import folders, folders_own
 from tests.tiny import ITC, ITM, LM, read, records, squares
 from vlm import checkpoint
+from vlm.captioning.run import caption
 from vlm.config.schema import Run
-from vlm.eval.run import caption
 from vlm.restore import restore
 from vlm.train.run import train_run
 

@@ -69,6 +69,9 @@ class Gallery:
     note: str = ""
 
 
+Section = Table | Curves | Gallery
+
+
 @dataclass(frozen=True)
 class Page:
     """A page from top to bottom. Blank lines separate paragraphs of `intro`; `credits` name sources and licences."""
@@ -76,7 +79,7 @@ class Page:
     title: str
     intro: str
     facts: Sequence[tuple[str, str]]
-    sections: Sequence[Table | Curves | Gallery]
+    sections: Sequence[Section]
     credits: Sequence[str] = ()
 
 
@@ -132,7 +135,7 @@ def _measures(measured: Mapping[str, Directions], chance: Directions, way: str) 
 Cell = Mapping[str, str | Number | None]
 
 
-def _section(section: Table | Curves | Gallery) -> Mapping[str, object]:
+def _section(section: Section) -> Mapping[str, object]:
     shared = {"kind": type(section).__name__, "title": section.title, "note": section.note}
     if isinstance(section, Table):
         for row in section.rows:

@@ -1,0 +1,1 @@
+"""Captions and answers for pictures named on a command line."""

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlm.nn.attention import ImageKeyValue
+from vlm.nn.attention import ImageKeyValue, attend, attend_branches
 from vlm.nn.block import ImageMemory
-from vlm.nn.state import KeyValue, LayerState, State
+from vlm.nn.state import Branched, KeyValue, LayerState, State
 
 
 def columns(length: int) -> tuple[Tensor, Tensor]:
@@ -114,3 +114,38 @@ def test_moving_beams_is_reordering_them(shared: bool) -> None:
         assert torch.equal(moved.key, expected.key) and torch.equal(moved.value, expected.value)
         if other is not None:
             assert torch.equal(other.key, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["none", "padding", "bias"])
+@pytest.mark.parametrize("groups", [1, 4])
+@torch.no_grad()
+def test_branches_are_copied_rows(groups: int, kind: str, dtype: torch.dtype) -> None:
+    """Two pasts of five tokens with three branches each, which then add two tokens, change places, and look back."""
+    prompt = KeyValue(*torch.randn(2, 2, groups, 5, 8).to(dtype))
+    index, added = torch.arange(2).repeat_interleave(3), torch.randn(2, 6, groups, 2, 8).to(dtype)
+    copies, branches = prompt.reorder(index).extend(*added), prompt.branch(3).extend(*added)
+    order = torch.tensor([2, 0, 0, 4, 4, 5])
+    copies, branches = copies.move(order, 2), branches.move(order, 2)
+    query = torch.randn(6, 4, 1, 8).to(dtype)
+    mask = {"none": None, "padding": (torch.rand(6, 1, 1, 7) + torch.eye(7)[0]) > 0.3, "bias": torch.randn(1, 4, 1, 7)}[
+        kind
+    ]
+    trunk = branches.trunk.key, branches.trunk.value
+    found = attend_branches(query, trunk, (branches.key, branches.value), mask, 0.5)
+    bias = mask.to(dtype) if kind == "bias" and mask is not None else mask
+    expected = attend(query, copies.key, copies.value, bias, scale=0.5, grouped=groups != 4)
+    assert found.dtype == dtype and (found - expected).abs().max() < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_branches_written_out() -> None:
+    with torch.no_grad():
+        prompt, added = KeyValue(*columns(4)), torch.randn(2, 4, *columns(2)[0].shape[1:])
+        branches = prompt.branch(2).extend(*added)
+        copies = prompt.reorder(torch.arange(len(prompt.key)).repeat_interleave(2)).extend(*added)
+        picked = torch.tensor([3, 0, 0])
+        pairs = [(branches.whole(), copies), (branches.reorder(picked), copies.reorder(picked))]
+        shorter = [(branches.crop(n), copies.crop(n)) for n in (0, 1, 3)]
+        pairs += [(one.whole() if isinstance(one, Branched) else one, two) for one, two in shorter]
+        for ours, wanted in pairs:
+            assert torch.equal(ours.key, wanted.key) and torch.equal(ours.value, wanted.value)

@@ -132,9 +132,11 @@ def search(
         finished = _close(finished, running.score[:, 0], beams, made)
         if made == beams.max_new or not bool(finished.open.any()):
             break
+        if made == 1:
+            state = state.branch(beams.width) if beams.width > 1 else state
         # On a GPU the question whether the order changed would cost more than the copy.
-        if index.device.type != "cpu" or not torch.equal(index, torch.arange(len(logits))):
-            state = state.reorder(index) if made == 1 else state.move(index, made - 1)
+        elif index.device.type != "cpu" or not torch.equal(index, torch.arange(len(logits))):
+            state = state.move(index, made - 1)
         logits, state = advance(step, running.ids[:, :, -1].reshape(-1, 1), state, own=made > 1)
     return _hypotheses(finished, eos, beams.returned)
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from vlm.nn.state import KeyValue, LayerState
+from vlm.nn.state import Branched, KeyValue, LayerState
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers' classes are Any to the type checker
@@ -34,7 +34,8 @@ class Memory(Cache):  # type: ignore[misc]  # as above
 
     def __init__(self, past: Sequence[LayerState] | None, layers: int) -> None:
         """`past`: None at first. ValueError: of a model with other layers."""
-        given = [layer for layer in past or () if isinstance(layer, KeyValue)]
+        written_out = [layer.whole() if isinstance(layer, Branched) else layer for layer in past or ()]
+        given = [layer for layer in written_out if isinstance(layer, KeyValue)]
         if past is not None and (len(given), len(past)) != (layers, layers):
             raise ValueError(f"this state is of another model: {len(past)} layers, not {layers} of keys and values")
         super().__init__(layers=[_Layer(given[i] if given else None) for i in range(layers)])

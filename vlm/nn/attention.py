@@ -80,9 +80,11 @@ class Attention(nn.Module):
         value = split_heads(value, self.kv_heads)
         if context.angles is not None and self.rotated:
             query, key = rotate(query, context.angles), rotate(key, context.angles)
-        state, key, value, (mask, is_causal) = self.memory(past, key, value, context)
-        grouped = self.kv_heads != self.heads
-        y = attend(query, key, value, mask, is_causal, self.scale, grouped)
+        state, key, value, (mask, is_causal), trunk = self.memory(past, key, value, context)
+        if trunk is not None:
+            y = attend_branches(query, (trunk.key, trunk.value), (key, value), mask, self.scale)
+        else:
+            y = attend(query, key, value, mask, is_causal, self.scale, grouped=self.kv_heads != self.heads)
         return call(self.out, merge_heads(y), tokens), state
 
     def readers(self) -> tuple[nn.Module, ...]:
@@ -167,6 +169,36 @@ def attend(
         query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
     )
     return y.to(dtype)
+
+
+def attend_branches(
+    query: Float[Tensor, "R H 1 K"],
+    trunk: tuple[Float[Tensor, "B G P K"], Float[Tensor, "B G P K"]],
+    own: tuple[Float[Tensor, "R G T K"], Float[Tensor, "R G T K"]],
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "R H 1 K"]:
+    """`attend` for one query of each branch (`Branched`): the keys of a trunk are read once for all its branches.
+
+    `mask`: over P + T columns. Computed in the trunk's type.
+    """
+    key, value = trunk
+    (batch, groups, past, width), rows, heads = key.shape, len(query), query.shape[1]
+    dtype, query = query.dtype, query.to(key.dtype).reshape(rows, groups, -1, width)
+    together = query.view(batch, rows // batch, groups, -1, width).transpose(1, 2)  # B G W h K
+    shared = (together.flatten(2, 3) @ key.mT).view(batch, groups, rows // batch, -1, past).transpose(1, 2)
+    apart = query @ own[0].to(key.dtype).mT
+    scores = torch.cat([shared.flatten(0, 1), apart], 3) * (width**-0.5 if scale is None else scale)
+    if mask is not None:
+        mask = mask.expand(rows, heads, 1, -1).view_as(scores)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(3)
+    shared = weights[..., :past].unflatten(0, (batch, -1)).transpose(1, 2)  # B G W h P
+    y: Tensor = (
+        (shared.flatten(2, 3) @ value).view(batch, groups, rows // batch, -1, width).transpose(1, 2).flatten(0, 1)
+    )
+    y += weights[..., past:] @ own[1].to(key.dtype)
+    return y.reshape(rows, heads, 1, width).to(dtype)
 
 
 def split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S K"]:

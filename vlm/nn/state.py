@@ -28,6 +28,15 @@ class LayerState(Protocol):
 
 
 @runtime_checkable
+class Movable(LayerState, Protocol):
+    """A memory whose rows can be exchanged in place."""
+
+    def move(self, index: Int[Tensor, "R"], fresh: int) -> "Movable":
+        """As `State.move`."""
+        ...
+
+
+@runtime_checkable
 class Beside(Protocol):
     """What tokens look at besides each other: finished before them, and the same for all continuations of a row."""
 
@@ -55,13 +64,24 @@ class State:
         beside = None if self.beside is None else self.beside.select(index)
         return State(layers, valid, self.position[index], self.full, seen, beside)
 
+    def branch(self, width: int) -> "State":
+        """Each row `width` times, one after the other, as `reorder` would; keys and values are held once.
+
+        Only rows of one origin may then be exchanged, by `move` (beams of one prompt).
+        """
+        index = torch.arange(len(self.position), device=self.position.device).repeat_interleave(width)
+        layers = tuple(
+            layer.branch(width) if isinstance(layer, KeyValue) else layer.reorder(index) for layer in self.layers
+        )
+        return replace(replace(self, layers=()).reorder(index), layers=layers)
+
     def move(self, index: Int[Tensor, "R"], fresh: int) -> "State":
         """As `reorder`, in place where it can be; row r and row index[r] differ in their last `fresh` tokens only.
 
         Beams of one prompt are such rows. This state must not be used afterwards.
         """
         moved = (
-            layer.move(index, fresh) if isinstance(layer, KeyValue) else layer.reorder(index) for layer in self.layers
+            layer.move(index, fresh) if isinstance(layer, Movable) else layer.reorder(index) for layer in self.layers
         )
         rest = replace(self, layers=(), beside=None).reorder(index)
         return replace(rest, layers=tuple(moved), beside=self.beside)
@@ -135,6 +155,13 @@ class KeyValue:
             tail.copy_(tail.index_select(0, index))
         return self
 
+    def branch(self, width: int) -> "Branched":
+        """As `State.branch`."""
+        nothing = self.key.new_empty(len(self.key) * width, self.key.shape[1], 0, self.key.shape[3])
+        # A CPU attends in fp32 whatever the type (`attend`): cast once here, not at every token.
+        trunk = [x.float() if x.device.type == "cpu" else x for x in (self.key, self.value)]
+        return Branched(KeyValue(*(x.contiguous() for x in trunk)), KeyValue(nothing, nothing))
+
     def crop(self, drop: int) -> "KeyValue":
         """Without the last `drop` tokens; shares the storage."""
         if not 0 <= drop <= self._length:
@@ -150,6 +177,52 @@ class KeyValue:
         seen = KeyValue.__new__(KeyValue)
         seen._buffer, seen._length = buffer, length
         return seen
+
+
+class Branched:
+    """Continuations of B pasts, W of each side by side, such as beams: what they share is held and read once."""
+
+    def __init__(self, trunk: KeyValue, own: KeyValue) -> None:
+        """`trunk`: B rows; `own`: B W rows, what each has added since; row r continues r // W."""
+        self.trunk, self.own = trunk, own
+
+    @property
+    def key(self) -> Float[Tensor, "R G P K"]:
+        """Keys that each row has for itself."""
+        return self.own.key
+
+    @property
+    def value(self) -> Float[Tensor, "R G P K"]:
+        """Values that each row has for itself."""
+        return self.own.value
+
+    def extend(self, key: Float[Tensor, "R G S K"], value: Float[Tensor, "R G S K"]) -> "Branched":
+        """These followed by new ones."""
+        return Branched(self.trunk, self.own.extend(key, value))
+
+    def whole(self) -> KeyValue:
+        """The same with the shared past written out for each row."""
+        width = len(self.key) // len(self.trunk.key)
+        pairs = (self.trunk.key, self.key), (self.trunk.value, self.value)
+        return KeyValue(*(torch.cat([a.repeat_interleave(width, 0).to(b.dtype), b], 2) for a, b in pairs))
+
+    def reorder(self, index: Int[Tensor, "N"]) -> KeyValue:
+        """Rows picked by index, with repeats, whatever they come from."""
+        return self.whole().reorder(index)
+
+    def move(self, index: Int[Tensor, "R"], fresh: int) -> "Branched":
+        """As `State.move`; `fresh` columns are all that rows have for themselves, or the last of these."""
+        return Branched(self.trunk, self.own.move(index, fresh))
+
+    def crop(self, drop: int) -> "Branched | KeyValue":
+        """Without the last `drop` tokens."""
+        if drop > self.key.shape[2]:
+            return self.whole().crop(drop)
+        return Branched(self.trunk, self.own.crop(drop))
+
+    def disposable(self) -> "Branched":
+        """Itself: its storage is shared already."""
+        return self
 
 
 def _grown(past: Tensor, least: int) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlm.nn.context import Context
-from vlm.nn.state import UNDO, KeyValue, LayerState
+from vlm.nn.state import UNDO, Branched, KeyValue, LayerState
 from vlm.nn.tokens import Tokens, Visibility
 
 M = TypeVar("M", bound="KeyValue | Recent")
@@ -24,6 +24,7 @@ class Looked(NamedTuple):
     key: Float[Tensor, "B G T K"]
     value: Float[Tensor, "B G T K"]
     visibility: Visibility
+    trunk: KeyValue | None = None  # looked at before these; several rows share each of its rows
 
 
 class Everything:
@@ -34,6 +35,11 @@ class Everything:
     ) -> Looked:
         """Past keys and values followed by the new ones."""
         assert context.visibility is not None, "a stack with attention works out who sees whom"
+        if isinstance(past, Branched) and key.shape[2] > 1:
+            past = past.whole()
+        if isinstance(past, Branched):
+            branches = past.extend(key, value)
+            return Looked(branches, branches.key, branches.value, context.visibility, branches.trunk)
         state = KeyValue(key, value) if past is None else _own(past, KeyValue, key).extend(key, value)
         return Looked(state, state.key, state.value, context.visibility)
 

@@ -9,7 +9,7 @@ from vlm.data.text import Encoded, Tokenizer
 
 NAME, CATEGORY = "What is shown in this picture?", "Which category does this belong to?"
 # A language model repeats what follows the same words. A picture is to say its name and its category as two lines
-# would; with these words in its place SmolLM2 gives 94 % of names and 79 % of categories back before anything is trained.
+# would; with these words in its place SmolLM2 gives 94 % of names and 79 % of categories back, without any training.
 FORMS = {NAME: "\n{question}\nPicture: {{text}}", CATEGORY: "\n{question}\nCategory: {{text}}"}
 NAMED, FILED = 4, 3  # tokens of a picture that say its name and its category
 BETWEEN = "\nCategory:"

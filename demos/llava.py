@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from vlm.data.augment import Augment
 from vlm.data.batch import Batch, pad
-from vlm.data.encode import encode_prompt
 from vlm.data.image import decode
 from vlm.data.shards import RawSample, Shards
 from vlm.data.text import Encoded, Tokenizer
@@ -35,17 +34,16 @@ from vlm.model.weights.files import load_strict, read
 from vlm.model.weights.gguf import load_gguf
 from vlm.nn.backend import bfloat16_is_fast
 from vlm.quickstart.answers import Answers, package_file, report
-from vlm.quickstart.questions import CAPTION, CATEGORY, LONGEST, NAME, conversation, template, turns
+from vlm.quickstart.questions import CATEGORY, LONGEST, NAME, conversation, picture_tokens, spelled, template, turns
 from vlm.quickstart.run import TEST, TRAIN
 from vlm.train.log import Log, note
 from vlm.train.loop import Plan, fit
 from vlm.train.optim import Rule, Schedule, assign, make_optimizer
 from vlm.train.parallel import Passes
 from vlm.train.task import Lm, Objective, Task
-from vlm.train.words import Words, filled
+from vlm.train.words import Words
 
-SETTINGS = {"size": 192, "side": 2, "views": 6, "tokens": 4, "batch": 16}
-SETTINGS |= {"words": 600, "captions": 450, "questions": 350}  # steps of the stages
+SETTINGS = {"size": 192, "side": 2, "views": 2, "batch": 16, "words": 600, "questions": 100}
 Texts = Callable[[RawSample, random.Random], Encoded]  # what a stage writes about a picture
 SETS = TRAIN, TEST
 AUGMENT = Augment((0.75, 1.32), 0.1, rotate=6.0, shift=0.03, brightness=0.1, contrast=0.15, saturation=0.3)
@@ -63,10 +61,11 @@ def parts(connector: str, classes: int, s: dict[str, int]) -> tuple[VisionLangua
     load_strict(encoder.backbone.model, efficientnet_lite0_table().to_ours(read(weights)), str(weights))
     vision = GridEncoder(encoder, s["side"])
 
-    bridge: nn.Module = PrefixConnector(vision.dim, language.dim, vision.tokens, s["tokens"], hidden=classes)
+    tokens = picture_tokens(tokenizer)
+    bridge: nn.Module = PrefixConnector(vision.dim, language.dim, vision.tokens, tokens, hidden=classes)
     if connector == "qformer":
         norm = nn.LayerNorm(vision.dim)
-        bridge = QFormer(vision.dim, 256, 2, 4, s["tokens"], cross_every=1, image_norm=norm, out_dim=language.dim)
+        bridge = QFormer(vision.dim, 256, 2, 4, tokens, cross_every=1, image_norm=norm, out_dim=language.dim)
     return VisionLanguageModel(vision=vision, connector=bridge, language=language), tokenizer
 
 
@@ -129,14 +128,12 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
     asked = features(model.vision, test, 1)
 
     # What each of the connector's tokens should say of a picture, in the words of the language model.
-    line = tokenizer.encode("\n")[-1]
-    words = {id: filled(tokenizer.encode(f" {name}"), s["tokens"], line) for id, name in names.items()}
+    words = {x.id: spelled(tokenizer, x.fields) for x in pictures}
     stages = {
         "words": lambda x, _: Encoded(words[x.id], words[x.id]),
-        "captions": lambda x, _: encode_prompt(tokenizer, CAPTION, names[x.id], s["tokens"], LONGEST),
-        "questions": lambda x, chooser: conversation(tokenizer, turns(x.fields, chooser), s["tokens"]),
+        "questions": lambda x, chooser: conversation(tokenizer, turns(x.fields, chooser), model.connector.tokens),
     }
-    objectives = {"words": Words([i for ids in words.values() for i in ids]), "captions": Lm(tokenizer.size, 0)}
+    objectives = {"words": Words([i for ids in words.values() for i in ids]), "questions": Lm(tokenizer.size, 0)}
     rules = [Rule("connector.*", 1e-3, 0.05)]
     if connector == "mlp":
         note("[2/5] set the connector in closed form: from features to the words of the names")
@@ -149,7 +146,7 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
         note(f"[{number}/5] train the connector: {name}")
         size = 128 if name == "words" else s["batch"]
         data = batches(pictures, seen, size, tokenizer.pad, texts)
-        train(model, objectives.get(name, objectives["captions"]), data, out / name, s[name], rules)
+        train(model, objectives[name], data, out / name, s[name], rules)
 
     note("[5/5] ask about pictures in a drawing style that none of it has seen")
     model.eval()

@@ -10,7 +10,20 @@ from vlm.data.shards import Shards
 from vlm.data.text import train_bpe
 from vlm.nn.tokens import IGNORE, IMAGE_ID
 from vlm.quickstart.answers import Answers, measure, package_file
-from vlm.quickstart.questions import CATEGORY, LONGEST, NAME, Turn, category, conversation, template, turns
+from vlm.quickstart.questions import (
+    CATEGORY,
+    FILED,
+    LONGEST,
+    NAME,
+    NAMED,
+    Turn,
+    category,
+    conversation,
+    picture_tokens,
+    spelled,
+    template,
+    turns,
+)
 from vlm.quickstart.run import TEST
 
 TOKENIZER = train_bpe(["a red apple is food and drink", NAME, CATEGORY], 400)
@@ -35,6 +48,19 @@ def test_a_conversation_holds_the_picture_once_and_learns_answers_alone() -> Non
     assert TOKENIZER.decode(learned[ends[0] :]).strip() == "food and drink"
     alone = encode_prompt(TOKENIZER, template(NAME), None, 3, LONGEST)
     assert text.ids[: len(alone.ids)] == alone.ids  # one question asked later reads as the first did in training
+
+
+def test_a_picture_is_to_say_its_name_and_its_category_on_two_lines() -> None:
+    tokenizer = train_bpe([" red apple", " food and drink", "Category:"], 400)
+    said = spelled(tokenizer, {"caption": "red apple", "group": "food-drink"})
+    name, kind = (tokenizer.encode(text) for text in (" red apple", " food and drink"))
+    line = tokenizer.encode("\n")
+    assert said[:NAMED] == (name + NAMED * line)[:NAMED] and said[-FILED:] == (kind + FILED * line)[:FILED]
+    assert tokenizer.decode(said[NAMED:-FILED]) == "\nCategory:"
+    other = spelled(tokenizer, {"caption": "red " * 9, "group": "objects"})
+    assert (
+        len(other) == len(said) == picture_tokens(tokenizer) and other[:NAMED] == tokenizer.encode(" red" * 9)[:NAMED]
+    )
 
 
 def test_answers_are_counted_beside_the_most_frequent() -> None:

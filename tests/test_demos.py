@@ -18,6 +18,7 @@ from vlm.model.language import llama
 from vlm.model.qformer import QFormer
 from vlm.model.vision import timm_encoder
 from vlm.model.vlm import VisionLanguageModel
+from vlm.quickstart.questions import picture_tokens
 from vlm.train.run import train, train_run
 
 DEMOS = Path(__file__).parents[1] / "demos"
@@ -97,9 +98,10 @@ def stand_ins(connector: str, classes: int, s: dict[str, int]) -> object:
     language = llama(tokenizer.size, 16, 1, 2)
     shape = {"channels": [8, 8, 8, 16], "stem_width": 8}
     vision = GridEncoder(timm_encoder("resnet10t", image_size=64, args=shape, frozen=True), s["side"])
-    bridge: torch.nn.Module = PrefixConnector(vision.dim, 16, vision.tokens, s["tokens"], hidden=classes)
+    tokens = picture_tokens(tokenizer)
+    bridge: torch.nn.Module = PrefixConnector(vision.dim, 16, vision.tokens, tokens, hidden=classes)
     if connector == "qformer":
-        bridge = QFormer(vision.dim, 16, 1, 2, s["tokens"], cross_every=1, out_dim=16)
+        bridge = QFormer(vision.dim, 16, 1, 2, tokens, cross_every=1, out_dim=16)
     return VisionLanguageModel(vision=vision, connector=bridge, language=language), tokenizer
 
 
@@ -109,7 +111,7 @@ def test_llava(tmp_path: Path, connector: str, capsys: pytest.CaptureFixture[str
     main, settings = found["main"], found["SETTINGS"]
     main.__globals__["parts"] = stand_ins  # type: ignore[attr-defined]
     main.__globals__["SETS"] = drawn(tmp_path / "a.tar", [0, 1, 2]), drawn(tmp_path / "b.tar", [3])  # type: ignore[attr-defined]
-    few = {**settings, "views": 2, "words": 3, "captions": 3, "questions": 3, "batch": 4}  # type: ignore[dict-item]
+    few = {**settings, "views": 2, "words": 3, "questions": 3, "batch": 4}  # type: ignore[dict-item]
     main(tmp_path / "out", connector, few)  # type: ignore[operator]
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert figures["connector"] == connector and figures["count"] == len(COLOURS)

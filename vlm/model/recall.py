@@ -16,7 +16,7 @@ from torch.nn import functional
 from vlm.model.connector import PrefixConnector
 from vlm.nn.backend import fast_float32
 
-SHARP = 4.0  # input of the nonlinearity that a usual picture of the class gives, before the threshold
+SHARP = 16.0  # input of the nonlinearity that a usual picture of the class gives, before the threshold
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def recall(
     classes: Int[Tensor, "P"],
     values: Float[Tensor, "K Q D"],
     ridge: float = 0.3,
-    threshold: float = 0.8,
+    threshold: float = 0.6,
 ) -> float:
     """Sets both layers so that a picture of class k gives the direction of `values[k]`, seen from their mean.
 

@@ -8,10 +8,11 @@ from vlm.data.encode import encode_prompt
 from vlm.data.text import Encoded, Tokenizer
 
 NAME, CATEGORY = "What is shown in this picture?", "Which category does this belong to?"
-# A language model repeats what follows the same words. With the words of a name in the place of the picture, SmolLM2
-# gives 96 % of 24 names back under the form of NAME before anything is trained, and none after a bare question.
-CAPTION = "a picture of{image}\na picture of {text}"
-FORMS = {NAME: "\n{question}\na picture of {{text}}", CATEGORY: "\n{question}\na kind of {{text}}"}
+# A language model repeats what follows the same words. A picture is to say its name and its category as two lines
+# would; with these words in its place SmolLM2 gives 94 % of names and 79 % of categories back, without any training.
+FORMS = {NAME: "\n{question}\nPicture: {{text}}", CATEGORY: "\n{question}\nCategory: {{text}}"}
+NAMED, FILED = 4, 3  # tokens of a picture that say its name and its category
+BETWEEN = "\nCategory:"
 LONGEST = 128  # tokens of a text, without the picture's
 
 
@@ -35,9 +36,21 @@ def turns(fields: Mapping[str, Any], chooser: random.Random) -> list[Turn]:
     return found
 
 
+def picture_tokens(tokenizer: Tokenizer) -> int:
+    """How many tokens `spelled` gives."""
+    return NAMED + len(tokenizer.encode(BETWEEN)) + FILED
+
+
+def spelled(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> list[int]:
+    """What the tokens of a picture should say: its name and its category on two lines, cut or filled up."""
+    line = tokenizer.encode("\n")
+    name, kind = tokenizer.encode(f" {fields['caption']}"), tokenizer.encode(f" {category(fields)}")
+    return [*(name + line * NAMED)[:NAMED], *tokenizer.encode(BETWEEN), *(kind + line * FILED)[:FILED]]
+
+
 def template(question: str) -> str:
     """What `describe` takes to ask one question about a picture."""
-    return "a picture of{image}" + FORMS[question].format(question=question)
+    return "Picture:{image}" + FORMS[question].format(question=question)
 
 
 def conversation(tokenizer: Tokenizer, asked: list[Turn], image_tokens: int) -> Encoded:

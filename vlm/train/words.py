@@ -44,8 +44,3 @@ class Words:
         target = torch.searchsorted(ids, views.batch.captions.ids)
         said = language.embed(ids[None])[0].detach().float()
         return words.word_loss(views.seen.soft.float(), said, target, self.label_smoothing)
-
-
-def filled(ids: Sequence[int], length: int, after: int) -> list[int]:
-    """A name's tokens, then `after` (a line's end) for as long as there is room; or as many of them as there is."""
-    return [*ids, *[after] * length][:length]

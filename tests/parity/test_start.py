@@ -13,12 +13,11 @@ from tests.parity.noise import gap, noise
 from tests.parity.published import saved
 from vlm.model.published import lavis
 from vlm.model.published.blip2 import blip2_part
-from vlm.model.published.lavis import lavis_system, together
+from vlm.model.published.load import load
 from vlm.model.published.start import starting_weights
 from vlm.model.qformer import QFormer
 from vlm.model.retnet import retnet
 from vlm.model.vlm import VisionLanguageModel
-from vlm.model.weights.files import load_strict, read
 
 WIDTH, VOCABULARY = 24, 99
 SETTINGS = {"num_query_tokens": QUERIES, "image_token_index": THEIR_IMAGE_ID}
@@ -76,8 +75,15 @@ def test_the_same_from_lavis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(lavis, "BLOCKS", 3)
     theirs = published(tmp_path, TOWER, BERT).eval()
     paths = save_lavis(theirs, tmp_path, "opt_proj")
-    files = {name: read(paths[name]) for name in ("main", "vision")}
-    system = lavis_system("blip2.pth", files["main"], {"vision": files["vision"]}, front=True)
-    load_strict(system.module, system.table.to_ours(together(files)), "LAVIS")
-    assert system.module.language is None and isinstance(system.module.connector.out, nn.Identity)
-    assert gap(system.module.eval().see(pictures()).soft, seen_by_theirs(theirs)) < 1e-4
+    qformer = QFormer(176, 128, 4, 2, QUERIES, 96, image_norm=nn.LayerNorm(176), out_dim=WIDTH)
+    noise(qformer, seed=9)
+    before = qformer.out.weight.clone()
+    weights, _ = starting_weights(qformer, "connector", str(paths["main"]))  # it asks for no image encoder, for no OPT
+    missing, unexpected = qformer.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["out.weight", "out.bias"], []) and torch.equal(qformer.out.weight, before)
+    whole = load(str(paths["main"]), {name: str(paths[name]) for name in ("vision", "language")}).model
+    assert whole.vision is not None
+    queries = qformer.eval().query(qformer.look(whole.vision(pictures())), 3).hidden
+    assert gap(queries, seen_by_theirs(theirs)) < 1e-4
+    with pytest.raises(ValueError, match="holds a part of a system"):
+        starting_weights(whole.vision, "vision", str(paths["main"]))

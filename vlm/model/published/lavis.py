@@ -93,19 +93,16 @@ def lavis_system(
     main: Weights,
     others: Mapping[str, Weights] | None = None,
     language: Part | None = None,
-    front: bool = False,
 ) -> Assembled:
     """The system of the file `where`, whose tensors are `main`, on the default device.
 
     `others`: files of the parts that it lacks (`needs`), or that are to be taken in place of its own; what a file holds
-    beside what is taken from it is left, what nobody knows is an error of its table. `language`: of `lavis_language`;
-    `front`: image encoder and Q-Former alone, to be set before a language model of one's own.
+    beside what is taken from it is left, what nobody knows is an error of its table. `language`: of `lavis_language`.
 
     ValueError: parts missing or not wanted, sizes that do not fit each other.
     """
     others = others or {}
-    wanted = {part: words for part, words in needs(main, where).items() if not front or part != "language"}
-    _refuse(where, wanted, {*others, *(() if language is None else ("language",))})
+    _refuse(where, needs(main, where), {*others, *(() if language is None else ("language",))})
     files = {"main": main, **others}
     source = {part: part if part in others else "main" for part in ("vision", "qformer")}
     eyes, tower = _vision(files[source["vision"]], where)
@@ -114,8 +111,11 @@ def lavis_system(
     assert reader is None or isinstance(reader, Language)
     bridge = files[source["qformer"]]
     out_dim = _out_dim(main, where, _Sizes(bridge, where)("query_tokens", 2), reader)
-    qformer = _qformer(bridge, where, eyes, out_dim, apart)
-    heads = "heads" in contents(main) and not front
+    qformer = _qformer(bridge, where, out_dim, apart)
+    read = _image_width(_Sizes(bridge, where))
+    if read != eyes.dim:
+        raise ValueError(f"{where}: the Q-Former reads images of width {read}, the image encoder gives {eyes.dim}")
+    heads = "heads" in contents(main)
     width = main["vision_proj.weight"].shape[0] if heads else 0
     model = VisionLanguageModel(
         eyes,
@@ -124,10 +124,21 @@ def lavis_system(
         contrast=ContrastiveHead(qformer.width, qformer.width, width, bias=True) if heads else None,
         match=MatchingHead(qformer.width) if heads else None,
     )
-    tables = {name: _table(file, name, source, tower, apart, front) for name, file in files.items()}
+    tables = {name: _table(file, name, source, tower, apart) for name, file in files.items()}
     if language is not None:
         tables["language"] = language.table.under("", "language.")
     return Assembled(model, tables)
+
+
+def lavis_qformer(where: str, main: Weights) -> tuple[QFormer, Table]:
+    """The Q-Former of a file alone, to stand between parts of one's own; its projection is left behind.
+
+    The table names it `connector`. ValueError: a file without one.
+    """
+    if "qformer" not in contents(main):
+        raise ValueError(f"{where}: holds no Q-Former")
+    module = _qformer(main, where, None, apart=False)
+    return module, _table(main, "", {"qformer": ""}, Table("no tower", ()), apart=False)
 
 
 def _refuse(where: str, wanted: Mapping[str, str], given: set[str]) -> None:
@@ -178,16 +189,14 @@ def _vision(weights: Weights, where: str) -> tuple[ImageEncoder, Table]:
     return module, table.under(prefix, "vision.")
 
 
-def _qformer(weights: Weights, where: str, eyes: ImageEncoder, out_dim: int | None, apart: bool) -> QFormer:
+def _qformer(weights: Weights, where: str, out_dim: int | None, apart: bool) -> QFormer:
     size, block = _Sizes(weights, where), "Qformer.bert.encoder.layer"
     crosses = size.numbers(rf"{block}\.(\d+)\.crossattention\.")
     width, layers = size("query_tokens", 2), size.count(rf"{block}\.(\d+)\.")
     every = crosses[1] if len(crosses) > 1 else layers
     if crosses != list(range(0, layers, every)):
         raise ValueError(f"{where}: cross-attention in blocks {crosses} of {layers} is no every-k-th block")
-    image = size(f"{block}.0.crossattention.self.key.weight", 1)
-    if image != eyes.dim:
-        raise ValueError(f"{where}: the Q-Former reads images of width {image}, the image encoder gives {eyes.dim}")
+    image = _image_width(size)
     text = None
     if not apart and WORDS in weights:
         text = _words(size, width, writes="Qformer.cls.predictions.bias" in weights)
@@ -206,6 +215,10 @@ def _qformer(weights: Weights, where: str, eyes: ImageEncoder, out_dim: int | No
     )
 
 
+def _image_width(size: "_Sizes") -> int:
+    return size("Qformer.bert.encoder.layer.0.crossattention.self.key.weight", 1)
+
+
 def _words(size: "_Sizes", width: int, writes: bool) -> TextBranch:
     positions = size("Qformer.bert.embeddings.position_embeddings.weight", 0)
     if not writes:
@@ -213,10 +226,10 @@ def _words(size: "_Sizes", width: int, writes: bool) -> TextBranch:
     return TextBranch(size(WORDS, 0), width, positions, bert_transform(width), head="tied")
 
 
-def _table(weights: Weights, name: str, source: Mapping[str, str], tower: Table, apart: bool, front: bool) -> Table:
+def _table(weights: Weights, name: str, source: Mapping[str, str], tower: Table, apart: bool) -> Table:
     """Of one file: the rows of what is taken from it; the rest of what it may hold is left."""
     taken = {part for part, file in source.items() if file == name}
-    taken |= {"heads", "projection"} if name == "main" and not front else set()
+    taken |= {"heads", "projection"} if name == "main" else set()
     left = [CONTENTS[part].pattern for part in CONTENTS if part not in taken] + (list(TEXT) if apart else [])
     tables = [Table("left", (), tuple(left))]
     tables += [tower] if "vision" in taken else []

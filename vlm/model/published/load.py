@@ -11,7 +11,7 @@ from torch import nn
 from vlm.model.language import Language
 from vlm.model.published.hub import find, pinned
 from vlm.model.published.language import language_part
-from vlm.model.published.lavis import contents, lavis_language, lavis_system
+from vlm.model.published.lavis import contents, lavis_language, lavis_qformer, lavis_system
 from vlm.model.published.part import Part
 from vlm.model.published.systems import look_as, settings_of, system_part, vision_part
 from vlm.model.vision import ClassToken, ImageEncoder
@@ -136,6 +136,19 @@ def image_encoder(
     if not _hollow():
         fill_piece(encoder, sources, dtype or torch.float32, torch.get_default_device())
     return encoder
+
+
+def lone_qformer(name: str) -> tuple[nn.Module, list[Source]] | None:
+    """The Q-Former of a file of LAVIS, of which no other part has to be there; None for what is no such file."""
+    path = find(name)
+    if not path.is_file() or path.suffix == GGUF or settings_of(path):
+        return None
+    weights = open_weights(path)
+    if "qformer" not in contents(weights):
+        return None
+    with hollow():
+        module, table = lavis_qformer(str(path), weights)
+    return module, [Source(table.only("connector."), weights)]
 
 
 def fill_piece(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.model.bert import Bert
-from vlm.model.published.load import fill_piece, open_checkpoint
+from vlm.model.published.load import fill_piece, lone_qformer, open_checkpoint
 from vlm.model.qformer import QFormer
 from vlm.model.weights.fill import Source
 
@@ -16,15 +16,20 @@ def starting_weights(module: nn.Module, part: str, source: str) -> tuple[dict[st
     A Q-Former starts from another one, whose projection to a language model of another width is left behind, or from
     BERT, as BLIP-2's did. ValueError: a checkpoint without that part, what cannot be had of it.
     """
+    if isinstance(module, QFormer) and (alone := lone_qformer(source)) is not None:
+        return _fitting(module, _filled(*alone).state_dict()), ""
     found = open_checkpoint(source)
     if isinstance(module, QFormer) and isinstance(found.model.text, Bert):
         return _from_bert(module, _filled(*found.piece("text"))), ", which is BERT"
     weights = _filled(*found.piece(part)).state_dict()
-    if isinstance(module, QFormer):
-        own = module.state_dict()
-        fits = {name: name not in own or own[name].shape == tensor.shape for name, tensor in weights.items()}
-        return {name: tensor for name, tensor in weights.items() if fits[name] or not name.startswith("out.")}, ""
-    return weights, ""
+    return (_fitting(module, weights) if isinstance(module, QFormer) else weights), ""
+
+
+def _fitting(qformer: QFormer, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without a projection to another width."""
+    own = qformer.state_dict()
+    fits = {name: name not in own or own[name].shape == tensor.shape for name, tensor in weights.items()}
+    return {name: tensor for name, tensor in weights.items() if fits[name] or not name.startswith("out.")}
 
 
 def _filled(module: nn.Module, sources: list[Source]) -> nn.Module:

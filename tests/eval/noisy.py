@@ -12,7 +12,7 @@ from vlm.config.schema import Run
 from vlm.restore import Ready
 
 
-def noisy(folder: Path, kind: str = "clip", seed: int = 12, batch_size: int = 4, **tokenizer: Any) -> Ready:
+def noisy(folder: Path, kind: str = "clip", seed: int = 12, batch_size: int = 4, tokenizer: Any = None) -> Ready:
     """A model of `settings(kind)`, filled with noise; its tokenizer is CLIP's own unless given."""
     given = settings(kind, squares(folder / "noisy.tar"), batch_size=batch_size)
     given["tokenizer"] = tokenizer or {"kind": "clip"}

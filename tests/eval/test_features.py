@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from tests.eval.noisy import noisy
 from tests.tiny import members, pack, picture
@@ -355,6 +356,27 @@ def test_too_little_room(ready: Ready, shard: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}folder on another disk$"):
         extract(ready.model, loader(ready, shard), True, folder=tmp_path / "features")
     assert set(contents(tmp_path / "features")) == {"manifest.json"}
+
+
+def test_a_full_disk_loses_nothing_that_is_there(
+    ready: Ready, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, save = tmp_path / "features", feature_files.save_file
+
+    def full(tensors: Any, path: Path, facts: Any) -> None:
+        save(tensors, path, facts)
+        if path.name == "part-00001.tmp":
+            raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_files, "save_file", full)
+        message = f"could not write {folder / 'part-00001.safetensors'}: No space left on device; the parts before it "
+        with pytest.raises(OSError, match=f"^{re.escape(message)}are whole$"):
+            extract(ready.model, loader(ready, shard), False, folder=folder)
+    assert set(contents(folder)) == {"manifest.json", "part-00000.safetensors"}
+    encoded = Encoded(monkeypatch, ready)
+    extract(ready.model, loader(ready, shard), False, folder=folder)
+    assert encoded.pictures == SAMPLES - 8
 
 
 class Room:

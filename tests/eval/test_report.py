@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm.eval import report
+from vlm.eval import chart, report
 from vlm.eval.report import Card, Curves, Gallery, Page, Score, Table, render, retrieval_tables, write_page
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
@@ -134,22 +134,22 @@ def test_bars(score: Score, text: str, bar: float | None, mark: float | None) ->
 
 
 def test_chart_geometry_by_hand() -> None:
-    chart = report._chart("loss", [(0, 2.0), (10, 1.0)], chance=4.0)
-    x, y = report._Axis(0, 10, 44, 348), report._Axis(0, 4.24, 184, 14)
-    assert chart["line"] == f"44.0,{y(2)} 348.0,{y(1)}"
-    assert chart["chance_y"] == y(4) and chart["dot"] == (348, y(1))
-    assert (chart["first"], chart["last"], chart["raw"]) == ("2.00", "1.00", "")
-    assert chart["x_ticks"] == [(x(n), str(n)) for n in (0, 2, 4, 6, 8, 10)]
-    assert chart["y_ticks"] == [(y(n), str(n)) for n in (0, 1, 2, 3, 4)]
+    drawn = chart.chart("loss", [(0, 2.0), (10, 1.0)], chance=4.0)
+    x, y = chart.Axis(0, 10, 44, 348), chart.Axis(0, 4.24, 184, 14)
+    assert drawn["line"] == f"44.0,{y(2)} 348.0,{y(1)}"
+    assert drawn["chance_y"] == y(4) and drawn["dot"] == (348, y(1))
+    assert (drawn["first"], drawn["last"], drawn["raw"]) == ("2.00", "1.00", "")
+    assert drawn["x_ticks"] == [(x(n), str(n)) for n in (0, 2, 4, 6, 8, 10)]
+    assert drawn["y_ticks"] == [(y(n), str(n)) for n in (0, 1, 2, 3, 4)]
 
 
 def test_thinning_keeps_spikes_and_smoothing_keeps_the_mean() -> None:
     points = [(float(step), 1.0) for step in range(10_000)]
     points[4321] = (4321.0, 99.0)
-    kept = [p for bucket in report._buckets(points, report.RAW) for p in report._extremes(bucket)]
-    assert (4321.0, 99.0) in kept and len(kept) <= 2 * report.RAW
-    means = report._means([(float(step), float(step % 7)) for step in range(700)])
-    assert len(means) <= report.SMOOTH
+    kept = [p for bucket in chart.buckets(points, chart.RAW) for p in chart.extremes(bucket)]
+    assert (4321.0, 99.0) in kept and len(kept) <= 2 * chart.RAW
+    means = chart.means([(float(step), float(step % 7)) for step in range(700)])
+    assert len(means) <= chart.SMOOTH
     assert sum(value for _, value in means) / len(means) == pytest.approx(3, abs=0.05)
 
 
@@ -172,7 +172,7 @@ def test_values_that_are_not_finite_are_counted_not_hidden() -> None:
     [(0.254, "0.25"), (1500, "1.5k"), (2000, "2k"), (450, "450"), (0, "0"), (-3, "-3.00"), (0.00424, "0.0042")],
 )
 def test_short_numbers(value: float, text: str) -> None:
-    assert report._number(value) == text
+    assert chart.number(value) == text
 
 
 def test_retrieval_tables() -> None:

@@ -3,7 +3,7 @@
 Letters: N images, M texts, Q vectors per image, E their width, T text tokens, P pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlm.data.batch import Text
 from vlm.data.loader import Loader
+from vlm.eval.progress import track
 from vlm.loss.contrastive import inverse_temperature
 from vlm.model.vlm import VisionLanguageModel, need
 from vlm.nn.backend import fast_float32
@@ -27,6 +28,8 @@ class Features:
     tokens: list[Tensor]  # of each image, N' C, as the vision encoder gives them
     words: list[Tensor]  # of each text, its ids
     pad: int
+    keys: list[str] = field(default_factory=list)  # N: names of the samples
+    strings: list[str] = field(default_factory=list)  # M: the texts
 
 
 @torch.no_grad()
@@ -36,9 +39,12 @@ def extract(model: VisionLanguageModel, loader: Loader, keep_tokens: bool) -> Fe
     number: dict[str, int] = {}
     images, texts, image_ids, text_ids = [], [], list[int](), list[int]()
     tokens, words = list[Tensor](), list[Tensor]()
+    keys, strings = list[str](), list[str]()
     with fast_float32():
-        for batch in loader.once():
+        for batch in track(loader.once(), loader.steps_per_epoch, "features"):
             batch = batch.to(device)
+            keys += batch.keys
+            strings += batch.strings
             visual = model.encode(batch.pixels)
             images.append(model.embed_image(model.connect(visual)))
             texts.append(model.embed_text(batch.captions))
@@ -58,6 +64,8 @@ def extract(model: VisionLanguageModel, loader: Loader, keep_tokens: bool) -> Fe
         tokens,
         words,
         loader.tokenizer.pad,
+        keys,
+        strings,
     )
 
 

@@ -82,12 +82,16 @@ class Recalls:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is asked with, or found: words, or a picture with words about it; `right`: whether it fits the query."""
+    """What is asked with, or found: words, or a picture with words about it.
+
+    `right`: whether it fits the query; `place`: its number among those found.
+    """
 
     text: str
     image: bytes | None = None
     note: str = ""
     right: bool | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def shares(name: str, lines: Mapping[str, Sequence[Point]], chance: Sequence[Poi
         "lines": [(way, line(points)) for way, points in lines.items()],
         "chance": line(chance),
         "label": f"{name}: {'; '.join(told)}; chance {chance[0][1]:.1f} to {chance[-1][1]:.1f} percent",
-        "x_ticks": [(x(math.log10(k)), number(k)) for k in ticks],
+        "x_ticks": [(x(math.log10(k)), number(k) if k >= 1000 else str(k)) for k in ticks],
         "y_ticks": [(y(share), str(share)) for share in (0, 25, 50, 75, 100)],
         "box": (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
     }

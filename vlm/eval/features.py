@@ -3,7 +3,8 @@
 Letters: N images, M texts, Q vectors per image, E their width, T text tokens, P pairs.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch import Tensor
 from vlm.data.batch import Text
 from vlm.data.loader import Loader
 from vlm.eval.progress import track
+from vlm.eval.thumbs import places
 from vlm.loss.contrastive import inverse_temperature
 from vlm.model.vlm import VisionLanguageModel, need
 from vlm.nn.backend import fast_float32
@@ -28,8 +30,9 @@ class Features:
     tokens: list[Tensor]  # of each image, N' C, as the vision encoder gives them
     words: list[Tensor]  # of each text, its ids
     pad: int
-    keys: list[str] = field(default_factory=list)  # N: names of the samples
-    strings: list[str] = field(default_factory=list)  # M: the texts
+    places: Int[Tensor, "N"]  # of the images in their source, to show them
+    names: Sequence[str]  # N: keys of the images
+    strings: Sequence[str]  # M: the texts
 
 
 @torch.no_grad()
@@ -64,6 +67,7 @@ def extract(model: VisionLanguageModel, loader: Loader, keep_tokens: bool) -> Fe
         tokens,
         words,
         loader.tokenizer.pad,
+        torch.tensor(places(loader.shards, keys), device=device),
         keys,
         strings,
     )

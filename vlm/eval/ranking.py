@@ -85,20 +85,22 @@ def retrieval_task(trained: Ready, shards: Sequence[str], caption: str | None, k
     values = {f"{way}/{side}{RANK}": getattr(ranks[way], side).cpu() for way in ranks for side in WAYS}
     gallery = Gallery.of(ranked.source, features)
     about = {"t2i": gallery.pictures("t2i"), "i2t": gallery.pictures("i2t")}
-    groups = _for_each(values, {side: [features.keys[image] for image in about[side]] for side in WAYS})
+    groups = _for_each(values, {side: [features.names[image] for image in about[side]] for side in WAYS})
     found = {way: summarize(given) for way, given in ranks.items()}
     within = intervals(values, groups, seed)
-    order = Order(titles(ranked)["itm"], ranks["itm"], k, ranked.match) if "itm" in ranks else Order("ITC", ranks["itc"])
+    order = Order("By ITC", ranks["itc"])
+    if "itm" in ranks:
+        order = Order(f"By ITC, {titles(ranked)['itm']}", ranks["itm"], k, ranked.match)
     return Outcome(
         metrics={name: value for way in found for name, value in _flat(found[way], f"{way}/").items()},
         chance=_flat(ranked.chance()),
-        counts={"images": len(features.keys), "captions": len(features.strings), "unusable": dict(ranked.bad)},
+        counts={"images": len(features.names), "captions": len(features.strings), "unusable": dict(ranked.bad)},
         protocol=protocol(ranked),
         values=values,
         groups=groups,
         sections=[*tables(ranked, found, within), *matches(gallery, order)],
-        queries=_for_each(values, {"t2i": features.strings, "i2t": features.keys}),
-        samples=_for_each(values, {side: gallery.samples[torch.tensor(about[side])] for side in WAYS}),
+        queries=_for_each(values, {"t2i": features.strings, "i2t": features.names}),
+        samples=_for_each(values, {side: features.places.cpu()[torch.tensor(about[side])] for side in WAYS}),
         intervals=within,
     )
 
@@ -161,7 +163,7 @@ def figures(ranked: Ranked, found: dict[str, Summary], within: dict[str, tuple[f
 
 def curves(ranked: Ranked) -> Recalls:
     """Recall at every k up to the size of the gallery, at round steps of its logarithm."""
-    sizes = {"t2i": len(ranked.features.keys), "i2t": len(ranked.features.strings)}
+    sizes = {"t2i": len(ranked.features.names), "i2t": len(ranked.features.strings)}
     charts, floor = {}, {}
     for side, arrow in WAYS.items():
         ks = sorted({round(sizes[side] ** (i / (CURVE - 1))) for i in range(CURVE)})
@@ -176,16 +178,18 @@ def curves(ranked: Ranked) -> Recalls:
 
 
 def spread(ranked: Ranked) -> Table:
-    """The histogram of ranks, as bars in a table."""
-    size = max(len(ranked.features.keys), len(ranked.features.strings))
+    """The histogram of the final ranks, as bars in a table, each with a mark where guessing is."""
+    way, name = list(titles(ranked).items())[-1]
+    size = max(len(ranked.features.names), len(ranked.features.strings))
     ends = [*(end for end in BINS if end < size), size]
+    below = ranked.chance(ends)
     rows: list[list[str | Score]] = []
     for first, last in zip([1, *(end + 1 for end in ends)], ends, strict=False):
         cells = []
         for side in WAYS:
-            for way in ranked.ranks:
-                values = getattr(ranked.ranks[way], side)
-                cells.append(Score(100 * float(((values >= first) & (values <= last)).double().mean())))
+            values = getattr(ranked.ranks[way], side)
+            guess = below[side][f"R@{last}"] - (below[side][f"R@{first - 1}"] if first > 1 else 0)
+            cells.append(Score(100 * float(((values >= first) & (values <= last)).double().mean()), guess))
         rows.append([f"{first}" if first == last else f"{first:,}–{last:,}", *cells])
-    names = titles(ranked).values()
-    return Table("Ranks of the best match", ["rank", *(f"{arrow}, {name}" for arrow in WAYS.values() for name in names)], rows)
+    note = f"Percent of the queries by the rank of their best match, {name}; the marks are where guessing is."
+    return Table("Ranks", ["rank", *WAYS.values()], rows, note)

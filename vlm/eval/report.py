@@ -189,7 +189,9 @@ def _section(section: Section) -> Mapping[str, object]:
     if isinstance(section, Curves):
         return shared | {"charts": [chart(name, s, section.chance.get(name)) for name, s in section.series.items()]}
     if isinstance(section, Recalls):
-        return shared | {"charts": [shares(name, lines, section.chance[name]) for name, lines in section.charts.items()]}
+        return shared | {
+            "charts": [shares(name, lines, section.chance[name]) for name, lines in section.charts.items()]
+        }
     if isinstance(section, Matches):
         rows = [{"query": _entry(row.query), "found": [_entry(one) for one in row.found]} for row in section.rows]
         return shared | {"rows": rows}
@@ -209,13 +211,15 @@ def _cell(cell: str | Score) -> Cell:
         return {"text": "not finite", "bar": None}
     mark = None if cell.chance is None else _share(cell.chance, cell.best)
     label = text if cell.chance is None else f"{text}, chance {cell.chance:.{cell.digits}f}{cell.unit}"
-    drawn = {"text": text, "bar": _share(cell.value, cell.best), "mark": mark, "label": label, "within": ""}
+    drawn: dict[str, str | Number | None] = {"text": text, "mark": mark, "label": label, "within": ""}
+    drawn["bar"] = _share(cell.value, cell.best)
     if cell.interval is None:
         return drawn
     low, high = cell.interval
     within = f"{low:.{cell.digits}f}–{high:.{cell.digits}f}"
     start, end = _share(low, cell.best), _share(high, cell.best)
-    return drawn | {"within": within, "start": start, "wide": round(end - start, 2), "label": f"{label}, 95 %: {within}"}
+    drawn |= {"within": within, "start": start, "wide": round(end - start, 2)}
+    return drawn | {"label": f"{label}, 95 % interval {within}"}
 
 
 def _share(value: Number, best: Number) -> float:

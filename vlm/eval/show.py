@@ -15,7 +15,7 @@ from vlm.data.pictures import Pictures
 from vlm.eval.features import Features
 from vlm.eval.report import Entry, Match, Matches
 from vlm.eval.retrieval import Ranks
-from vlm.eval.thumbs import of_sample, places
+from vlm.eval.thumbs import of_sample
 
 Side = Literal["t2i", "i2t"]
 QUERIES, FOUND = 6, 5  # a section shows so many queries, and of each so many candidates
@@ -25,20 +25,19 @@ CHUNK = 4096  # candidates scored at a time
 
 @dataclass(frozen=True)
 class Gallery:
-    """A data set as the page shows it; `samples`: where in the source its images are."""
+    """A data set as the page shows it."""
 
     source: Pictures
     features: Features
-    samples: Int[Tensor, "N"]
     first: dict[int, int]  # of each id the first image
 
     @staticmethod
     def of(source: Pictures, features: Features) -> "Gallery":
-        """Finds the samples of the features."""
+        """Finds the first image of each id."""
         first: dict[int, int] = {}
         for image, number in enumerate(features.image_ids.tolist()):
             first.setdefault(number, image)
-        return Gallery(source, features, torch.tensor(places(source, features.keys)), first)
+        return Gallery(source, features, first)
 
     def pictures(self, side: Side) -> list[int]:
         """Of each query the image it is about: itself, or the first that its text describes."""
@@ -66,7 +65,7 @@ class Gallery:
 
     def thumbnail(self, image: int) -> bytes | None:
         """A small picture of an image."""
-        return of_sample(self.source, int(self.samples[image]))
+        return of_sample(self.source, int(self.features.places[image]))
 
 
 @dataclass(frozen=True)

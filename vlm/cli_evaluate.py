@@ -1,0 +1,84 @@
+"""`vlm evaluate` and `vlm compare`: arguments only."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from vlm.cli_options import folder, json_option, model_option, overwrite_option, part_option
+from vlm.cli_shards import pipe_option
+
+TASKS = ("retrieval",)  # those of vlm.eval.tasks, which costs a torch to import
+
+
+@click.command()
+@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@model_option
+@part_option
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    type=click.Choice(TASKS),
+    help="What to measure; may be repeated. Unless given, what the model can do.",
+)
+@click.option("--out", type=folder, help="Where the record goes; runs/evaluate/ and the names of model and data.")
+@overwrite_option
+@json_option
+@click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
+@click.option("--protocol", metavar="NAME", help="A published way to measure; as the data is unless given.")
+@click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' draws.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the computation; the others are faster on GPUs, and not exact.",
+)
+@pipe_option
+def evaluate(
+    model: str,
+    shards: tuple[str, ...],
+    parts: dict[str, str],
+    tasks: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    json: bool,
+    caption: str | None,
+    protocol: str | None,
+    k: int,
+    seed: int,
+    dtype: str,
+) -> None:
+    """Measure a model on data.
+
+    SHARDS are tar files, folders of them, patterns such as {000..003}.tar, addresses of them, or what else `vlm shards
+    write` can read. The record has metrics.json, what every query got (values.safetensors, queries.json; see `vlm
+    compare`) and report.html, one offline page with pictures.
+    """
+    from vlm.eval.run import evaluate as measure
+    from vlm.eval.tasks import Request
+
+    asked = Request(shards, caption, protocol, k, seed)
+    command = shlex.join(["vlm", *sys.argv[1:]])
+    measure(model, asked, tasks, out, dtype, overwrite, json, parts, command)  # type: ignore[arg-type]  # click checks dtype
+
+
+@click.command()
+@click.argument("first", type=folder)
+@click.argument("second", type=folder)
+@click.option("--out", type=folder, help="Where the page goes; beside the second evaluation unless given.")
+@overwrite_option
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws.")
+@json_option
+def compare(first: Path, second: Path, out: Path | None, overwrite: bool, seed: int, json: bool) -> None:
+    """Tell two evaluations apart, query by query.
+
+    FIRST and SECOND are folders of `vlm evaluate` over the same queries. Differences are second - first, with 95 %
+    intervals and how likely chance alone gives as much.
+    """
+    from vlm.eval.compare import compare as run
+
+    run(first, second, out, overwrite=overwrite, seed=seed, json=json)

@@ -213,8 +213,12 @@ def evaluation_loader(
     image_tokens: int = 0,
     reply_start: int | None = None,
     talks: TalkForm | None = None,
+    captions: int = 0,
 ) -> Loader:
-    """Every sample once, as it is, with all its captions; `image_tokens` and `reply_start` are the model's."""
+    """Every sample once, as it is; `image_tokens` and `reply_start` are the model's.
+
+    `captions`: the first so many of each; 0: all of them.
+    """
     return Loader(
         source,
         transform,
@@ -224,7 +228,7 @@ def evaluation_loader(
         template=template(data.template) if image_tokens and isinstance(data, schema.PairData) else None,
         image_tokens=image_tokens,
         reply_start=reply_start,
-        captions_per_image=0,
+        captions_per_image=captions,
         shuffle=False,
         talks=talks,
     )

@@ -8,8 +8,9 @@ import click
 
 from vlm.cli_options import folder, json_option, model_option, overwrite_option, part_option
 from vlm.cli_shards import pipe_option
+from vlm.eval.protocol import PROTOCOLS
 
-TASKS = ("retrieval",)  # those of vlm.eval.tasks, which costs a torch to import
+TASKS = ("retrieval", "classification")  # those of vlm.eval.tasks, which costs a torch to import
 
 
 @click.command()
@@ -27,7 +28,14 @@ TASKS = ("retrieval",)  # those of vlm.eval.tasks, which costs a torch to import
 @overwrite_option
 @json_option
 @click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
-@click.option("--protocol", metavar="NAME", help="A published way to measure; as the data is unless given.")
+@click.option(
+    "--protocol", type=click.Choice(tuple(PROTOCOLS)), help="A standard benchmark: its split, captions, folds."
+)
+@click.option("--images", type=folder, help="The folder that paths in a table or JSON file are relative to.")
+@click.option("--labels", metavar="WHERE", help="Where classes stand, such as json:group, for classification.")
+@click.option("--classes", metavar="FILE", help="Their names, a line each.")
+@click.option("--templates", metavar="FILE", help="Prompts with {c} where a class goes, a line each, or JSON.")
+@click.option("--features", type=folder, help="A folder that keeps vectors: a later run takes what is there.")
 @click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' draws.")
 @click.option(
@@ -48,6 +56,11 @@ def evaluate(
     json: bool,
     caption: str | None,
     protocol: str | None,
+    images: Path | None,
+    labels: str | None,
+    classes: str | None,
+    templates: str | None,
+    features: Path | None,
     k: int,
     seed: int,
     dtype: str,
@@ -61,9 +74,29 @@ def evaluate(
     from vlm.eval.run import evaluate as measure
     from vlm.eval.tasks import Request
 
-    asked = Request(shards, caption, protocol, k, seed)
-    command = shlex.join(["vlm", *sys.argv[1:]])
-    measure(model, asked, tasks, out, dtype, overwrite, json, parts, command)  # type: ignore[arg-type]  # click checks dtype
+    asked = Request(
+        shards=shards,
+        caption=caption,
+        protocol=protocol,
+        rerank=k,
+        seed=seed,
+        images=images,
+        features=features,
+        labels=labels,
+        classes=classes,
+        templates=templates,
+    )
+    measure(
+        model,
+        asked,
+        tasks,
+        out,
+        dtype=dtype,  # type: ignore[arg-type]  # click checks it
+        overwrite=overwrite,
+        json=json,
+        parts=parts,
+        command=shlex.join(["vlm", *sys.argv[1:]]),
+    )
 
 
 @click.command()

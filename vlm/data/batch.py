@@ -71,6 +71,7 @@ class Batch:
     normalize: Callable[[Tensor], Tensor] | None = None  # what the encoder takes, from `images`; None: they are it
     shown: Int[Tensor, "K"] | None = None  # the images in the order in which prompts show them; None: `owner`
     instructions: Text | None = None  # K: what a Q-Former reads beside each of these, in its own vocabulary
+    places: list[int] = field(default_factory=list)  # B: numbers in the source, of samples that are taken in order
 
     @staticmethod
     def of_text(text: Text) -> "Batch":

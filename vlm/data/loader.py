@@ -69,7 +69,8 @@ class Loader:
     `window`: samples that are mixed in training, see `Order`; not `shuffle`: in the order of the shards.
     `cache_mb`: memory for decoded pictures, shared out among `workers`; what does not fit is decoded anew each time.
     They are kept as they are before anything random: at the encoder's size, or whole where parts of them are cut.
-    `bad` counts the unusable samples met so far by reason; above the shards' `max_bad_fraction` of them: ValueError.
+    `seen` counts the samples met so far, `bad` the unusable ones by reason; above the shards' `max_bad_fraction` of
+    them: ValueError.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Loader:
             else Order(shards.starts, len(shards), seed, window)
         )
         self.bad: Counter[str] = Counter()
-        self._seen = 0
+        self.seen = 0
         self._cache: dict[tuple[int, bool], Sample] = {}
         self._room = cache_mb * 2**20 // max(1, workers)
 
@@ -134,11 +135,15 @@ class Loader:
         Of `ranks` that go through them together, number `rank` gets every so-manieth batch, maybe none.
         """
         usable = False
-        for batch in self._batches(self._once_step, range(rank, -(-len(self.shards) // self.batch_size), ranks)):
+        for batch in self.part(range(rank, self.steps_per_epoch, ranks)):
             usable = True
             yield batch
         if not usable and ranks == 1:
             raise ValueError(f"{self.shards.files[0]}: no sample is usable: {dict(self.bad)}")
+
+    def part(self, steps: Iterable[int]) -> Iterator[Batch]:
+        """Some of the batches of `once`, by their numbers; one without a usable sample is left out."""
+        return self._batches(self._once_step, steps)
 
     def _batches(self, work: Callable[[int], _Work], steps: Iterable[int]) -> Iterator[Batch]:
         done: Iterator[_Work] = map(work, steps)
@@ -166,10 +171,10 @@ class Loader:
             if self.bad.total() < MAX_WARNINGS:
                 log.warning("unusable sample %s", message)
             self.bad[reason] += 1
-        self._seen += work.seen
+        self.seen += work.seen
         if work.error:
             raise ValueError(work.error)
-        check_bad(self.bad, self._seen, self.shards.max_bad_fraction, str(self.shards.files[0]))
+        check_bad(self.bad, self.seen, self.shards.max_bad_fraction, str(self.shards.files[0]))
 
     def _train_step(self, step: int) -> _Work:
         bad: list[tuple[str, str]] = []
@@ -185,13 +190,15 @@ class Loader:
         bad: list[tuple[str, str]] = []
         first, count = step * self.batch_size, self.captions_per_image
         indices = range(first, min(first + self.batch_size, len(self.shards)))
-        found = [sample for index in indices if (sample := self._sample(index, bad)) is not None]
+        found = {index: sample for index in indices if (sample := self._sample(index, bad)) is not None}
         if not found:
             return _Work(None, bad, len(indices))
-        if self.talks is not None:
-            return _Work(self._collate([self.talks.drawn(sample, None) for sample in found]), bad, len(indices))
-        batch = self._collate([replace(sample, captions=sample.captions[: count or None]) for sample in found])
-        return _Work(batch, bad, len(indices))
+        if (talks := self.talks) is not None:
+            batch = self._collate([talks.drawn(sample, None) for sample in found.values()])
+        else:
+            some = [replace(sample, captions=sample.captions[: count or None]) for sample in found.values()]
+            batch = self._collate(some)
+        return _Work(replace(batch, places=list(found)), bad, len(indices))
 
     def _collate(self, samples: list[Sample]) -> Batch:
         if self.talks is not None:

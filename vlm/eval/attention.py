@@ -26,6 +26,7 @@ from vlm.restore import Ready
 
 PREFIXES = (0, 1, 5)  # tokens before the grid: none, a class token, a class token and four registers
 SIDE = 112  # pixels of a picture drawn over
+EVERY = "all queries"
 PICTURES, SHOWN = 4, 7  # pictures, and queries of each
 
 
@@ -96,7 +97,7 @@ def attention_section(trained: Ready, source: Pictures) -> list[Matches]:
     chosen = _keenest(maps)
     named = [(f"query {query + 1}", query) for query in chosen]
     found = [
-        Match(Entry(caption, encode(_image(picture))), _overlays(picture, maps[i], named))
+        Match(Entry(caption, encode(_image(picture))), _overlays(caption, picture, maps[i], named))
         for i, (caption, picture) in enumerate(shown)
     ]
     some = f"the {len(chosen)} of {maps.shape[1]} queries whose attention is most concentrated" if named else ""
@@ -127,10 +128,14 @@ def _keenest(maps: Float[Tensor, "B Q S T"]) -> list[int]:
 
 
 def _overlays(
-    picture: UInt8[Tensor, "3 h w"], maps: Float[Tensor, "Q S T"], named: list[tuple[str, int]]
+    caption: str, picture: UInt8[Tensor, "3 h w"], maps: Float[Tensor, "Q S T"], named: list[tuple[str, int]]
 ) -> list[Entry]:
-    every = Entry("all queries", encode(overlay(picture, maps.mean(0))))
-    return [every, *(Entry(name, encode(overlay(picture, maps[query]))) for name, query in named)]
+    def drawn(name: str, weights: Tensor) -> Entry:
+        return Entry(
+            name, encode(overlay(picture, weights)), alt=f"where {name} look{'s' * (name != EVERY)}: {caption}"
+        )
+
+    return [drawn(EVERY, maps.mean(0)), *(drawn(name, maps[query]) for name, query in named)]
 
 
 def overlay(picture: UInt8[Tensor, "3 h w"], weights: Float[Tensor, "S T"]) -> Image.Image:

@@ -27,5 +27,6 @@ def intervals(
     found = {}
     for name, given in values.items():
         for measure, each in measures(name, given).items():
-            found[measure] = interval(each, groups[name], lambda drawn: float(drawn.mean()), seed)
+            bounds = (0.0, 100.0) if "/R@" in measure else None
+            found[measure] = interval(each, list(groups[name]), seed=seed, bounds=bounds)
     return found

@@ -10,13 +10,17 @@ from vlm.eval.report import Page, Score, Section, Table
 
 
 def as_text(outcomes: Mapping[str, Outcome], folder: Path) -> str:
-    """The first table of each task, and where the rest is."""
-    tables = [outcome.sections[0] for outcome in outcomes.values() if outcome.sections]
-    lines = [line for table in tables if isinstance(table, Table) for line in [*_lines(table), ""]]
-    return "\n".join([*lines, f"open {folder / REPORT}"])
+    """The first table and the counts of each task, and where the rest is."""
+    told = list[str]()
+    for outcome in outcomes.values():
+        first = [section for section in outcome.sections[:1] if isinstance(section, Table)]
+        counts = [f"{count} {name}" for name, count in outcome.counts.items() if isinstance(count, int)]
+        told += [*(line for table in first for line in lines(table)), ", ".join(counts), ""]
+    return "\n".join([*told, f"open {folder / REPORT}"])
 
 
-def _lines(table: Table) -> list[str]:
+def lines(table: Table) -> list[str]:
+    """A table as text, the first column to the left."""
     rows = [table.header, *([_plain(cell) for cell in row] for row in table.rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
     padded = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]

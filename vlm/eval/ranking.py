@@ -5,171 +5,214 @@ Letters: N images, M texts, P pairs.
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlm import build_data
-from vlm.data.pictures import Pictures
-from vlm.data.sources import Source
+from vlm.eval.data import EvaluationData
 from vlm.eval.features import Features, extract, match_pairs
 from vlm.eval.measure import KS, RANK, intervals
 from vlm.eval.outcome import Outcome
-from vlm.eval.report import Recalls, Score, Section, Table
-from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
-from vlm.eval.show import Gallery, Order, matches
+from vlm.eval.protocol import Protocol, mean_over_folds
+from vlm.eval.report import Recalls, Score, Table
+from vlm.eval.retrieval import Ranks, chance, rank_counts, rerank, summarize
+from vlm.eval.show import WAYS, Gallery, Order, Side, matches
 from vlm.model.vlm import VisionLanguageModel
 from vlm.restore import Ready
 
 T = TypeVar("T")
-WAYS = {"t2i": "text → image", "i2t": "image → text"}
 BINS = (1, 2, 5, 10, 50, 100, 500, 1000)  # ranks that end a row of the table of ranks
 CURVE = 60  # points of a recall curve
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A data set ranked by a model; `ranks` by method: itc, and itm where it re-ranked the best `k`."""
+class Fold:
+    """Images and texts that are ranked among each other; `ranks` by method: itc, and itm where it re-ranked."""
 
     model: VisionLanguageModel
-    source: Pictures
     features: Features
     ranks: dict[str, Ranks]
-    k: int
-    bad: Counter[str]
-
-    def chance(self, ks: Sequence[int] = KS) -> Summary:
-        """What a random ranking is expected to get."""
-        return chance(self.features.image_ids, self.features.text_ids, ks)
 
     def match(self, image: Int[Tensor, "P"], text: Int[Tensor, "P"]) -> Float[Tensor, "P"]:
         """What re-ranking goes by."""
         return match_pairs(self.model, self.features, image, text)
 
 
-def rank(trained: Ready, shards: Sequence[str], caption: str | None = None, k: int = 16) -> Ranked:
-    """`caption`: where its captions stand (the model's own setting unless given).
+@dataclass(frozen=True)
+class Ranked:
+    """A data set ranked by a model: all of it, or the folds of a protocol; the best `k` of each query re-ranked."""
 
-    ValueError: a model without a contrastive head; data without usable samples; features that are not finite.
+    data: EvaluationData
+    folds: Sequence[Fold]
+    k: int
+    bad: Counter[str]
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """Their names for people."""
+        names = {"itc": "ITC", "itm": f"top {self.k} re-ranked by ITM"}
+        return {way: names[way] for way in self.folds[0].ranks}
+
+    def ranks(self, way: str, side: Side) -> Int[Tensor, "n"]:
+        """Of all queries, fold after fold."""
+        return torch.cat([getattr(fold.ranks[way], side) for fold in self.folds]).cpu()
+
+    def summary(self, way: str) -> dict[str, Any]:
+        """Figures of a method, the mean over the folds."""
+        return mean_over_folds([_with_sum(summarize(fold.ranks[way])) for fold in self.folds])
+
+    def chance(self, ks: Sequence[int] = KS) -> dict[str, Any]:
+        """What a random ranking is expected to get."""
+        parts = [fold.features for fold in self.folds]
+        return mean_over_folds([_with_sum(chance(part.image_ids, part.text_ids, ks)) for part in parts])
+
+    @property
+    def sizes(self) -> dict[Side, int]:
+        """Candidates of a query, in the first fold."""
+        features = self.folds[0].features
+        return {"t2i": len(features.names), "i2t": len(features.strings)}
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Of all folds together."""
+        pairs = {"images": "names", "captions": "strings"}
+        told = {name: sum(len(getattr(fold.features, of)) for fold in self.folds) for name, of in pairs.items()}
+        return told | {"unusable": dict(self.bad)}
+
+
+def rank(trained: Ready, data: EvaluationData, k: int = 16, folder: Path | None = None) -> Ranked:
+    """`folder` keeps the features, as of `extract`.
+
+    ValueError: a model without a contrastive head; data of classes; no usable samples; features that are not finite.
     """
     model = trained.model
     if model.contrast is None:
         raise ValueError(f"{trained.name} was trained without itc, so it cannot rank images and texts")
-    source = open_source(trained, shards, caption)
-    if isinstance(source, Source):
-        print(source.about, file=sys.stderr)
-    transform = build_data.transform(trained.vision, model, source)
-    loader = build_data.evaluation_loader(trained.data, source, transform, trained.tokenizer, trained.batch_size)
-    features = extract(model, loader, keep_tokens=model.match is not None)
+    if data.labels is not None:
+        remedy = "name --task classification"
+        raise ValueError(f"--task retrieval: {data.source.files[0]} has classes in place of captions: {remedy}")
+    if data.about:
+        print(data.about, file=sys.stderr)
+    loader = data.loader(trained)
+    features = extract(model, loader, keep_tokens=model.match is not None, folder=folder)
+    folds = [_ranked(model, part, k) for part in _folds(features, data.protocol)]
+    return Ranked(data, folds, k, data.source.bad + loader.bad)
+
+
+def _folds(features: Features, protocol: Protocol | None) -> Iterator[Features]:
+    if protocol is None or protocol.folds == 1:
+        yield features
+        return
+    places = features.places.cpu()
+    for number in range(protocol.folds):
+        fold = protocol.fold(number)
+        yield features.select(((places >= fold.start) & (places < fold.stop)).nonzero().flatten())
+
+
+def _ranked(model: VisionLanguageModel, features: Features, k: int) -> Fold:
     arguments = (features.image, features.text, features.image_ids, features.text_ids)
-    ranked = Ranked(model, source, features, {"itc": rank_counts(*arguments)}, k, source.bad + loader.bad)
+    fold = Fold(model, features, {"itc": rank_counts(*arguments)})
     if model.match is not None:
-        ranked.ranks["itm"] = rerank(*arguments, match=ranked.match, k=k)
-    return ranked
+        fold.ranks["itm"] = rerank(*arguments, match=fold.match, k=k)
+    return fold
 
 
-def open_source(trained: Ready, shards: Sequence[str], caption: str | None) -> Pictures:
-    """The data, read as the model's own, but for `caption` where given."""
-    data = trained.data
-    return build_data.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
+def _with_sum(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """rSum: of the recalls at 1, 5 and 10, both ways."""
+    recalls = [summary[side].get(f"R@{k}", 0.0) for side in WAYS for k in KS]
+    return {**{side: summary[side] for side in WAYS}, "rSum": sum(recalls)}
 
 
-def retrieval_task(trained: Ready, shards: Sequence[str], caption: str | None, k: int, seed: int) -> Outcome:
+def retrieval_task(trained: Ready, data: EvaluationData, k: int, seed: int, folder: Path | None = None) -> Outcome:
     """Recall both ways, by ITC and, if the model has the head, with the best `k` re-ranked by ITM; errors of `rank`."""
-    ranked = rank(trained, shards, caption, k)
-    features, ranks = ranked.features, ranked.ranks
-    values = {f"{way}/{side}{RANK}": getattr(ranks[way], side).cpu() for way in ranks for side in WAYS}
-    gallery = Gallery.of(ranked.source, features)
-    about = {"t2i": gallery.pictures("t2i"), "i2t": gallery.pictures("i2t")}
-    groups = _for_each(values, {side: [features.names[image] for image in about[side]] for side in WAYS})
-    found = {way: summarize(given) for way, given in ranks.items()}
-    within = intervals(values, groups, seed)
-    order = Order("By ITC", ranks["itc"])
-    if "itm" in ranks:
-        order = Order(f"By ITC, {titles(ranked)['itm']}", ranks["itm"], k, ranked.match)
+    ranked = rank(trained, data, k, folder)
+    values = {f"{way}/{side}{RANK}": ranked.ranks(way, side) for way in ranked.methods for side in WAYS}
+    galleries = [Gallery.of(data.source, fold.features) for fold in ranked.folds]
+    groups = {side: [name for gallery in galleries for name in gallery.groups(side)] for side in WAYS}
+    samples = {side: torch.cat([gallery.samples(side) for gallery in galleries]) for side in WAYS}
+    queries: dict[Side, list[str]] = {
+        "t2i": [text for fold in ranked.folds for text in fold.features.strings],
+        "i2t": [name for fold in ranked.folds for name in fold.features.names],
+    }
+    within = intervals(values, _for_each(values, groups), seed)
     return Outcome(
-        metrics={name: value for way in found for name, value in _flat(found[way], f"{way}/").items()},
-        chance=_flat(ranked.chance()),
-        counts={"images": len(features.names), "captions": len(features.strings), "unusable": dict(ranked.bad)},
+        metrics={way: ranked.summary(way) for way in ranked.methods},
+        chance=ranked.chance(),
+        counts=ranked.counts,
         protocol=protocol(ranked),
         values=values,
-        groups=groups,
-        sections=[*tables(ranked, found, within), *matches(gallery, order)],
-        queries=_for_each(values, {"t2i": features.strings, "i2t": features.names}),
-        samples=_for_each(values, {side: features.places.cpu()[torch.tensor(about[side])] for side in WAYS}),
+        groups=_for_each(values, groups),
+        sections=[figures(ranked, within), curves(ranked), spread(ranked), *matches(galleries[0], _order(ranked))],
+        queries=_for_each(values, queries),
+        samples=_for_each(values, samples),
         intervals=within,
     )
 
 
-def _for_each(values: Mapping[str, Tensor], of_side: Mapping[str, T]) -> dict[str, T]:
-    return {name: of_side[name.split("/")[1]] for name in values}
+def _for_each(values: Mapping[str, Tensor], of_side: Mapping[Side, T]) -> dict[str, T]:
+    return {name: of_side[side] for name in values for side in WAYS if f"/{side}/" in name}
 
 
-def protocol(ranked: Ranked) -> dict[str, object]:
+def _order(ranked: Ranked) -> Order:
+    """The final one, in the first fold."""
+    fold = ranked.folds[0]
+    title = "" if len(ranked.folds) == 1 else f" In the first of {len(ranked.folds)} folds."
+    if "itm" in fold.ranks:
+        return Order(f"By ITC, {ranked.methods['itm']}.{title}", fold.ranks["itm"], ranked.k, fold.match)
+    return Order(f"By ITC.{title}", fold.ranks["itc"])
+
+
+def protocol(ranked: Ranked) -> dict[str, Any]:
     """What decides the figures."""
-    told: dict[str, object] = {
+    told: dict[str, Any] = {
         "positives": "any of n: the rank of a query is that of its best match; equal ids match",
         "ties": "count against the model, and so do scores that rounding cannot tell apart",
     }
-    if "itm" in ranked.ranks:
+    if (standard := ranked.data.protocol) is not None:
+        counts = ranked.counts
+        told |= {"name": standard.name, "about": standard.about, "folds": standard.folds}
+        told["deviations"] = standard.deviations(counts["images"], counts["captions"])
+    if "itm" in ranked.methods:
         told |= {"rerank_k": ranked.k, "rerank_score": "ITM probability + ITC logit; what is not among the k stays"}
     return told
-
-
-def _flat(summary: Summary, prefix: str = "") -> dict[str, float]:
-    """Names as "t2i/R@1"; rSum is the sum of the six recalls."""
-    flat = {f"{prefix}{way}/{name}": value for way, each in summary.items() for name, value in each.items()}
-    recalls = [value for name, value in flat.items() if "/R@" in name]
-    return flat | {f"{prefix}rSum": sum(recalls)}
 
 
 # The page.
 
 
-def titles(ranked: Ranked) -> dict[str, str]:
-    """The methods for people."""
-    names = {"itc": "ITC", "itm": f"top {ranked.k} re-ranked by ITM"}
-    return {way: names[way] for way in ranked.ranks}
-
-
-def tables(ranked: Ranked, found: dict[str, Summary], within: dict[str, tuple[float, float]]) -> list[Section]:
-    """Figures beside chance, recall curves, how the ranks are spread."""
-    return [figures(ranked, found, within), curves(ranked), spread(ranked)]
-
-
-def figures(ranked: Ranked, found: dict[str, Summary], within: dict[str, tuple[float, float]]) -> Table:
-    """Recalls with intervals, mean and median ranks, rSum."""
-    floor, names = ranked.chance(), titles(ranked)
+def figures(ranked: Ranked, within: Mapping[str, tuple[float, float]]) -> Table:
+    """Recalls with intervals, mean and median ranks, rSum, beside chance."""
+    floor, found = ranked.chance(), {way: ranked.summary(way) for way in ranked.methods}
     rows: list[list[str | Score]] = []
     for side, arrow in WAYS.items():
         for name, guess in floor[side].items():
             if name.startswith("R@"):
                 cells: list[str | Score] = [
-                    Score(found[way][side][name], guess, interval=within[f"{way}/{side}/{name}"]) for way in names
+                    Score(found[way][side][name], guess, interval=within[f"{way}/{side}/{name}"]) for way in found
                 ]
-                rows.append([f"{arrow}, {name}", f"{guess:.1f} %", *cells])
+                rows.append([f"{arrow} {name}", f"{guess:.1f} %", *cells])
             else:
-                means = [f"{found[way][side][name]:.1f}" for way in names]
-                rows.append([f"{arrow}, {name.replace('_', ' ')}", f"{guess:.1f}", *means])
-    sums = [_flat(floor)["rSum"], *(_flat(found[way])["rSum"] for way in names)]
-    rows.append(["rSum", *(f"{value:.1f}" for value in sums)])
+                means = [f"{found[way][side][name]:.1f}" for way in found]
+                rows.append([f"{arrow} {name.replace('_', ' ')}", f"{guess:.1f}", *means])
+    rows.append(["rSum", f"{floor['rSum']:.1f}", *(f"{found[way]['rSum']:.1f}" for way in found)])
     note = "Any of several matches counts; ties count against the model. Below each recall its 95 % interval."
-    return Table("Retrieval", ["", "Chance", *names.values()], rows, note)
+    return Table("Retrieval", ["", "Chance", *ranked.methods.values()], rows, note)
 
 
 def curves(ranked: Ranked) -> Recalls:
-    """Recall at every k up to the size of the gallery, at round steps of its logarithm."""
-    sizes = {"t2i": len(ranked.features.names), "i2t": len(ranked.features.strings)}
+    """Recall at every k up to the size of the gallery, at even steps of its logarithm."""
     charts, floor = {}, {}
     for side, arrow in WAYS.items():
-        ks = sorted({round(sizes[side] ** (i / (CURVE - 1))) for i in range(CURVE)})
+        size = ranked.sizes[side]
+        ks = sorted({round(size ** (i / (CURVE - 1))) for i in range(CURVE)})
         lines = {}
-        for way, name in titles(ranked).items():
-            values = getattr(ranked.ranks[way], side)
+        for way, name in ranked.methods.items():
+            values = ranked.ranks(way, side)
             lines[name] = [(k, 100 * float((values <= k).double().mean())) for k in ks]
         charts[arrow] = lines
         guess = ranked.chance(ks)[side]
@@ -179,15 +222,15 @@ def curves(ranked: Ranked) -> Recalls:
 
 def spread(ranked: Ranked) -> Table:
     """The histogram of the final ranks, as bars in a table, each with a mark where guessing is."""
-    way, name = list(titles(ranked).items())[-1]
-    size = max(len(ranked.features.names), len(ranked.features.strings))
+    way, name = list(ranked.methods.items())[-1]
+    size = max(ranked.sizes.values())
     ends = [*(end for end in BINS if end < size), size]
     below = ranked.chance(ends)
     rows: list[list[str | Score]] = []
     for first, last in zip([1, *(end + 1 for end in ends)], ends, strict=False):
         cells = []
         for side in WAYS:
-            values = getattr(ranked.ranks[way], side)
+            values = ranked.ranks(way, side)
             guess = below[side][f"R@{last}"] - (below[side][f"R@{first - 1}"] if first > 1 else 0)
             cells.append(Score(100 * float(((values >= first) & (values <= last)).double().mean()), guess))
         rows.append([f"{first}" if first == last else f"{first:,}–{last:,}", *cells])

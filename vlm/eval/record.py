@@ -17,10 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vlm import __version__
-from vlm.data.image import BadSample
-from vlm.data.pictures import Pictures
 from vlm.eval.outcome import Outcome
-from vlm.eval.progress import track
 from vlm.model.weights.layout import PICKLES, SAFE
 
 METRICS, VALUES, QUERIES, REPORT = "metrics.json", "values.safetensors", "queries.json", "report.html"
@@ -39,25 +36,6 @@ def default_folder(model: str, shards: Sequence[str]) -> Path:
 
 def _stem(name: str, suffixes: Sequence[str]) -> str:
     return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
-
-
-def data_fingerprint(source: Pictures) -> str:
-    """SHA-256 over ids, texts and pictures of all samples, wherever they lie; what cannot be read counts as its reason.
-
-    ValueError: files that have changed since they were opened.
-    """
-    digest = hashlib.sha256()
-    for index in track(range(len(source)), len(source), "fingerprint of the data"):
-        try:
-            sample = source.raw(index)
-        except BadSample as bad:
-            digest.update(f"{source.key(index)}\0{bad.reason}\n".encode())
-            continue
-        told = json.dumps([sample.key, sample.id, sample.captions], ensure_ascii=False)
-        digest.update(told.encode("utf-8", "surrogatepass"))
-        for picture in sample.images:
-            digest.update(hashlib.sha256(picture).digest())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -53,12 +53,16 @@ class Curves:
 
 @dataclass(frozen=True)
 class Card:
-    """An encoded picture (PNG, WebP, JPEG or GIF), what the model wrote, what it should be, whether that is right."""
+    """An encoded picture (PNG, WebP, JPEG or GIF), what the model wrote, what it should be, whether that is right.
 
-    image: bytes
+    Without a picture, where it cannot be shown, the words alone.
+    """
+
+    image: bytes | None
     caption: str
     reference: str = ""
     correct: bool | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Recalls:
 class Entry:
     """What is asked with, or found: words, or a picture with words about it.
 
-    `right`: whether it fits the query; `place`: its number among those found.
+    `right`: whether it fits the query; `place`: its number among those found; `alt`: the picture in words, where those
+    beside it do not say what it shows.
     """
 
     text: str
@@ -92,6 +97,7 @@ class Entry:
     note: str = ""
     right: bool | None = None
     place: str = ""
+    alt: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,11 +201,15 @@ def _section(section: Section) -> Mapping[str, object]:
     if isinstance(section, Matches):
         rows = [{"query": _entry(row.query), "found": [_entry(one) for one in row.found]} for row in section.rows]
         return shared | {"rows": rows}
-    return shared | {"cards": [{"card": card, "source": _data_uri(card.image)} for card in section.cards]}
+    return shared | {"cards": [{"card": card, "source": _source(card.image)} for card in section.cards]}
 
 
 def _entry(entry: Entry) -> Mapping[str, object]:
-    return {"entry": entry, "source": "" if entry.image is None else _data_uri(entry.image)}
+    return {"entry": entry, "source": _source(entry.image)}
+
+
+def _source(image: bytes | None) -> str:
+    return "" if image is None else _data_uri(image)
 
 
 def _cell(cell: str | Score) -> Cell:

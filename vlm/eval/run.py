@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 import torch
 
-from vlm.data.pictures import Pictures
 from vlm.eval.attention import attention_section
+from vlm.eval.data import EvaluationData, open_evaluation_data
 from vlm.eval.measure import intervals
+from vlm.eval.origin import data_fingerprint
 from vlm.eval.outcome import Outcome
 from vlm.eval.page import as_text, page_of
-from vlm.eval.ranking import open_source, rank
-from vlm.eval.record import data_fingerprint, default_folder, refuse_other, versions, write
+from vlm.eval.ranking import rank
+from vlm.eval.record import default_folder, refuse_other, versions, write
 from vlm.eval.report import render
-from vlm.eval.retrieval import summarize
 from vlm.eval.tasks import TASKS, Request, default_tasks
 from vlm.model.weights.files import fingerprint
 from vlm.nn.backend import best_device
@@ -46,10 +46,12 @@ def evaluate(
     """
     began = time.perf_counter()
     folder = out or default_folder(model, asked.shards)
+    if asked.features is not None and dtype != "float32":
+        raise ValueError(f"--features keeps what float32 gives: leave --dtype {dtype} away, or --features")
     trained = open_model(model, best_device(), parts)
-    names = list(dict.fromkeys(tasks)) or default_tasks(trained)
-    source = open_source(trained, asked.shards, asked.caption)
-    record = _about(trained, source, asked, names, dtype)
+    data = asked.open(trained)
+    names = list(dict.fromkeys(tasks)) or default_tasks(trained, data)
+    record = _about(trained, data, asked, names, dtype)
     refuse_other(folder, record["identity"], overwrite)
     outcomes, seconds = {}, {}
     for name in names:
@@ -58,7 +60,7 @@ def evaluate(
             outcomes[name] = TASKS[name](trained, asked)
         seconds[name] = time.perf_counter() - start
     found = {name: _told(outcome, asked.seed) for name, outcome in outcomes.items()}
-    looks = attention_section(trained, source)
+    looks = attention_section(trained, data.source)
     seconds["total"] = time.perf_counter() - began
     record |= {"tasks": found, "seconds": seconds, "command": command}
     sections = [section for outcome in outcomes.values() for section in outcome.sections]
@@ -77,26 +79,34 @@ def _in(dtype: Dtype) -> Iterator[None]:
         yield
 
 
-def _about(trained: Ready, source: Pictures, asked: Request, tasks: list[str], dtype: str) -> dict[str, Any]:
+def _about(trained: Ready, data: EvaluationData, asked: Request, tasks: list[str], dtype: str) -> dict[str, Any]:
     """What is known before anything is measured; `identity` is what makes two evaluations the same."""
     weights = trained.model.state_dict()
     model: dict[str, Any] = {"name": trained.name, "weights": fingerprint(weights, list(weights))}
     if isinstance(trained, Trained):
         model["step"] = trained.step
-    data = {"shards": list(asked.shards), "samples": len(source), "fingerprint": data_fingerprint(source)}
+    sum_of_data = data_fingerprint(data.source)
     settings = {
         "tasks": tasks,
-        "caption": asked.caption or trained.data.caption,
+        "caption": data.settings.caption,
         "protocol": asked.protocol,
+        "labels": data.labels,
+        "classes": asked.classes,
+        "templates": asked.templates,
         "rerank": asked.rerank,
         "seed": asked.seed,
         "dtype": dtype,
     }
-    read = trained.data.model_copy(update={"caption": settings["caption"], "train": "", "val": None})
+    read = data.settings.model_copy(update={"train": "", "val": None, "augment": None}).model_dump(mode="json")
     return {
-        "identity": {"model": model["weights"], "data": data["fingerprint"], **settings},
+        "identity": {"model": model["weights"], "data": sum_of_data, **settings},
         "model": model,
-        "data": data | {"settings": read.model_dump(mode="json")},
+        "data": {
+            "shards": list(asked.shards),
+            "samples": len(data.source),
+            "fingerprint": sum_of_data,
+            "settings": read,
+        },
         "settings": settings,
         "device": _device(),
         "versions": versions(),
@@ -121,14 +131,9 @@ def _told(outcome: Outcome, seed: int) -> dict[str, Any]:
 
 def retrieval(trained: Ready, shards: Sequence[str], caption: str | None = None, k: int = 16) -> dict[str, Any]:
     """Recalls and ranks of a data set by method, beside chance; as of `rank`."""
-    ranked = rank(trained, shards, caption, k)
+    ranked = rank(trained, open_evaluation_data(shards, trained.data, caption=caption), k)
     return {
-        "retrieval": {way: summarize(ranks) for way, ranks in ranked.ranks.items()},
+        "retrieval": {way: ranked.summary(way) for way in ranked.methods},
         "chance": ranked.chance(),
-        "counts": {
-            "images": len(ranked.features.names),
-            "captions": len(ranked.features.strings),
-            "unusable": dict(ranked.bad),
-            "rerank_k": k,
-        },
+        "counts": ranked.counts | {"rerank_k": k},
     }

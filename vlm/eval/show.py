@@ -3,7 +3,7 @@
 Letters: N images, M texts, q queries shown, g candidates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from vlm.eval.retrieval import Ranks
 from vlm.eval.thumbs import of_sample
 
 Side = Literal["t2i", "i2t"]
+WAYS: Mapping[Side, str] = {"t2i": "text → image", "i2t": "image → text"}
 QUERIES, FOUND = 6, 5  # a section shows so many queries, and of each so many candidates
 TRIED = 64  # queries at the first place among which the surest are looked for
 CHUNK = 4096  # candidates scored at a time
@@ -39,8 +40,15 @@ class Gallery:
             first.setdefault(number, image)
         return Gallery(source, features, first)
 
-    def pictures(self, side: Side) -> list[int]:
-        """Of each query the image it is about: itself, or the first that its text describes."""
+    def groups(self, side: Side) -> list[str]:
+        """Of each query the name of the first image that shows what it is about."""
+        return [self.features.names[image] for image in self._pictures(side)]
+
+    def samples(self, side: Side) -> Int[Tensor, "n"]:
+        """Of each query the place of the same image in the source."""
+        return self.features.places.cpu()[torch.tensor(self._pictures(side))]
+
+    def _pictures(self, side: Side) -> list[int]:
         ids = self.features.text_ids if side == "t2i" else self.features.image_ids
         return [self.first[number] for number in ids.tolist()]
 
@@ -91,12 +99,14 @@ class Order:
 def matches(gallery: Gallery, order: Order) -> list[Matches]:
     """The worst and the surest queries, both ways."""
     sections = []
-    for side, arrow in (("t2i", "text → image"), ("i2t", "image → text")):
-        way: Side = "t2i" if side == "t2i" else "i2t"
-        for title, queries in (("The worst", worst(gallery, order, way)), ("The surest", surest(gallery, order, way))):
-            rows = [_row(gallery, order, way, query) for query in queries]
+    for side, arrow in WAYS.items():
+        for title, queries in (
+            ("The worst", worst(gallery, order, side)),
+            ("The surest", surest(gallery, order, side)),
+        ):
+            rows = [_row(gallery, order, side, query) for query in queries]
             if rows:
-                sections.append(Matches(f"{title}, {arrow}", rows, f"{order.title}. {_NOTES[title]}"))
+                sections.append(Matches(f"{title}, {arrow}", rows, f"{order.title} {_NOTES[title]}"))
     return sections
 
 

@@ -1,7 +1,6 @@
 """Small pictures for pages: those of samples, or what is drawn over them."""
 
 import io
-from collections.abc import Sequence
 
 from PIL import Image
 
@@ -31,13 +30,3 @@ def of_sample(source: Pictures, index: int, side: int = SIDE) -> bytes | None:
         return thumbnail(source.raw(index).image, side)
     except BadSample:
         return None
-
-
-def places(source: Pictures, keys: Sequence[str]) -> list[int]:
-    """Where the samples of these names are in their source; they are in its order, and some may be left out."""
-    found: list[int] = []
-    for index in range(len(source)):
-        if len(found) < len(keys) and source.key(index) == keys[len(found)]:
-            found.append(index)
-    assert len(found) == len(keys), "the names are those of samples of the source, in its order"
-    return found

@@ -20,13 +20,14 @@ from vlm.eval import record as record_module
 from vlm.eval.compare import compare, gain
 from vlm.eval.data import open_evaluation_data
 from vlm.eval.measure import measures
+from vlm.eval.outcome import Outcome
 from vlm.eval.protocol import PROTOCOLS, Protocol
 from vlm.eval.ranking import rank, retrieval_task
 from vlm.eval.record import default_folder, read, write_files
 from vlm.eval.run import evaluate
 from vlm.eval.show import FOUND, WAYS, Gallery, Order, matches, surest, worst
-from vlm.eval.tasks import TASKS, Request
-from vlm.restore import restore
+from vlm.eval.tasks import TASKS, Request, Task
+from vlm.restore import Ready, restore
 from vlm.train.run import train_run
 
 FILES = ["metrics.json", "queries.json", "report.html", "values.safetensors"]
@@ -169,6 +170,38 @@ def test_the_folder_is_named_after_model_and_data(model: str, shards: list[str],
 
 def test_the_command_line_offers_what_there_is() -> None:
     assert list(NAMES) == list(TASKS)
+
+
+def test_a_task_on_questions_opens_no_pictures(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(trained: Ready, asked: Request) -> Outcome:
+        lines = Path(asked.shards[0]).read_text().splitlines()
+        values = {"length": torch.tensor([len(line) for line in lines])}
+        return Outcome({"lines": len(lines)}, {}, {"lines": len(lines)}, {}, values, {"length": lines})
+
+    monkeypatch.setitem(TASKS, "counting", Task(count, questions=True))  # type: ignore[misc]
+    questions = tmp_path / "questions.txt"
+    questions.write_text("what?\nwhich one?\n")
+    for name in ("one", "two"):
+        evaluate(str(place / "decoder"), Request([str(questions)]), ["counting"], tmp_path / name)
+    told = read(tmp_path / "one")
+    assert told.record["tasks"]["counting"]["metrics"] == {"lines": 2} and "settings" not in told.record["data"]
+    assert told.record["tasks"]["counting"]["intervals"]["length"][0] >= 5
+    compare(tmp_path / "one", tmp_path / "two", tmp_path / "both")
+    questions.write_text("what?\n")
+    with pytest.raises(ValueError, match=r"one holds another evaluation \(data: was "):
+        evaluate(str(place / "decoder"), Request([str(questions)]), ["counting"], tmp_path / "one")
+    with pytest.raises(ValueError) as caught:
+        evaluate(str(place / "clip"), Request([str(questions)]), ["retrieval", "counting"], tmp_path / "three")
+    assert str(caught.value) == ("--task counting is on a file of questions, and retrieval on pictures: one at a time")
+
+
+def test_classification_where_the_data_has_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = Request([str(place / "test.tar")], labels="txt")
+    evaluate(str(place / "clip"), asked, out=place / "classes", json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert list(told["tasks"]) == ["classification"]
+    assert told["tasks"]["classification"]["chance"]["top1"] == pytest.approx(12.5)
+    assert "Zero-shot classification" in (place / "classes" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_mean_over_folds(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,9 +131,8 @@ def _overlays(
     caption: str, picture: UInt8[Tensor, "3 h w"], maps: Float[Tensor, "Q S T"], named: list[tuple[str, int]]
 ) -> list[Entry]:
     def drawn(name: str, weights: Tensor) -> Entry:
-        return Entry(
-            name, encode(overlay(picture, weights)), alt=f"where {name} look{'s' * (name != EVERY)}: {caption}"
-        )
+        where = f"where {name} look: {caption}" if name == EVERY else f"where {name} looks: {caption}"
+        return Entry(name, encode(overlay(picture, weights)), alt=where)
 
     return [drawn(EVERY, maps.mean(0)), *(drawn(name, maps[query]) for name, query in named)]
 

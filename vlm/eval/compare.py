@@ -163,7 +163,7 @@ def _card(one: Evaluation, two: Evaluation, name: str, query: int, source: Pictu
 def _source(evaluation: Evaluation) -> Pictures | None:
     """The data, if it is still where it was; nothing is fetched."""
     data = evaluation.record["data"]
-    if any(map(is_address, data["shards"])):
+    if "settings" not in data or any(map(is_address, data["shards"])):
         return None
     settings: Any = TypeAdapter(schema.Data).validate_python(data["settings"])
     try:

@@ -38,7 +38,7 @@ def page_of(record: Mapping[str, Any], sections: Sequence[Section]) -> Page:
         title=f"{Path(model['name']).name} on {Path(data['shards'][0]).name}",
         intro="What the model does on this data beside what guessing gives, and where it goes right and wrong.",
         facts=[
-            ("samples", f"{data['samples']:,}"),
+            *([("samples", f"{data['samples']:,}")] if "samples" in data else []),
             ("tasks", ", ".join(settings["tasks"])),
             ("time", f"{record['seconds']['total']:.0f} s"),
             ("computed in", f"{settings['dtype']} on {record['device']}"),

@@ -1,17 +1,16 @@
 """A bar on standard error while something takes long, on a terminal only."""
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import track as follow
-
-T = TypeVar("T")
+from rich.progress import Progress
 
 
-def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """The items as they are; `total`: how many there will be."""
+@contextmanager
+def counter(total: int, title: str) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is told how many more of about `total` are done."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        return iter(items)
-    return iter(follow(items, title, total, console=console, transient=True))
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda more: progress.advance(task, more)

@@ -18,6 +18,7 @@ from vlm.eval.data import EvaluationData
 from vlm.eval.features import Features, extract, match_pairs
 from vlm.eval.measure import KS, RANK, intervals
 from vlm.eval.outcome import Outcome
+from vlm.eval.progress import counter
 from vlm.eval.protocol import Protocol, mean_over_folds
 from vlm.eval.report import Recalls, Score, Table
 from vlm.eval.retrieval import Ranks, chance, rank_counts, rerank, summarize
@@ -117,8 +118,17 @@ def _folds(features: Features, protocol: Protocol | None) -> Iterator[Features]:
 def _ranked(model: VisionLanguageModel, features: Features, k: int) -> Fold:
     arguments = (features.image, features.text, features.image_ids, features.text_ids)
     fold = Fold(model, features, {"itc": rank_counts(*arguments)})
-    if model.match is not None:
-        fold.ranks["itm"] = rerank(*arguments, match=fold.match, k=k)
+    if model.match is None:
+        return fold
+    images, texts = len(features.names), len(features.strings)
+    pairs = images * min(k, texts) + texts * min(k, images)  # at most: those of both ways are asked once
+    with counter(pairs, "re-ranking") as done:
+
+        def match(image: Tensor, text: Tensor) -> Tensor:
+            done(len(image))
+            return fold.match(image, text)
+
+        fold.ranks["itm"] = rerank(*arguments, match=match, k=k)
     return fold
 
 

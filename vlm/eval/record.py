@@ -38,6 +38,14 @@ def _stem(name: str, suffixes: Sequence[str]) -> str:
     return next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name)
 
 
+def files_fingerprint(names: Sequence[str]) -> str:
+    """SHA-256 over the bytes of small files. FileNotFoundError."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(hashlib.sha256(Path(name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
     packages = {name: version(package) for name, package in PACKAGES.items()}

@@ -16,9 +16,9 @@ from vlm.eval.origin import data_fingerprint
 from vlm.eval.outcome import Outcome
 from vlm.eval.page import as_text, page_of
 from vlm.eval.ranking import rank
-from vlm.eval.record import default_folder, refuse_other, versions, write
+from vlm.eval.record import default_folder, files_fingerprint, refuse_other, versions, write
 from vlm.eval.report import render
-from vlm.eval.tasks import TASKS, Request, default_tasks
+from vlm.eval.tasks import TASKS, Request, chosen_tasks
 from vlm.model.weights.files import fingerprint
 from vlm.nn.backend import best_device
 from vlm.ready import open_model
@@ -49,18 +49,17 @@ def evaluate(
     if asked.features is not None and dtype != "float32":
         raise ValueError(f"--features keeps what float32 gives: leave --dtype {dtype} away, or --features")
     trained = open_model(model, best_device(), parts)
-    data = asked.open(trained)
-    names = list(dict.fromkeys(tasks)) or default_tasks(trained, data)
+    names, data = chosen_tasks(trained, asked, tasks)
     record = _about(trained, data, asked, names, dtype)
     refuse_other(folder, record["identity"], overwrite)
     outcomes, seconds = {}, {}
     for name in names:
         start = time.perf_counter()
         with _in(dtype):
-            outcomes[name] = TASKS[name](trained, asked)
+            outcomes[name] = TASKS[name].run(trained, asked)
         seconds[name] = time.perf_counter() - start
     found = {name: _told(outcome, asked.seed) for name, outcome in outcomes.items()}
-    looks = attention_section(trained, data.source)
+    looks = [] if data is None else attention_section(trained, data.source)
     seconds["total"] = time.perf_counter() - began
     record |= {"tasks": found, "seconds": seconds, "command": command}
     sections = [section for outcome in outcomes.values() for section in outcome.sections]
@@ -79,38 +78,40 @@ def _in(dtype: Dtype) -> Iterator[None]:
         yield
 
 
-def _about(trained: Ready, data: EvaluationData, asked: Request, tasks: list[str], dtype: str) -> dict[str, Any]:
+def _about(trained: Ready, data: EvaluationData | None, asked: Request, tasks: list[str], dtype: str) -> dict[str, Any]:
     """What is known before anything is measured; `identity` is what makes two evaluations the same."""
     weights = trained.model.state_dict()
     model: dict[str, Any] = {"name": trained.name, "weights": fingerprint(weights, list(weights))}
     if isinstance(trained, Trained):
         model["step"] = trained.step
-    sum_of_data = data_fingerprint(data.source)
+    told = _data(data, asked)
     settings = {
         "tasks": tasks,
-        "caption": data.settings.caption,
+        "caption": None if data is None else data.settings.caption,
         "protocol": asked.protocol,
-        "labels": data.labels,
+        "labels": None if data is None else data.labels,
         "classes": asked.classes,
         "templates": asked.templates,
         "rerank": asked.rerank,
         "seed": asked.seed,
         "dtype": dtype,
     }
-    read = data.settings.model_copy(update={"train": "", "val": None, "augment": None}).model_dump(mode="json")
     return {
-        "identity": {"model": model["weights"], "data": sum_of_data, **settings},
+        "identity": {"model": model["weights"], "data": told["fingerprint"], **settings},
         "model": model,
-        "data": {
-            "shards": list(asked.shards),
-            "samples": len(data.source),
-            "fingerprint": sum_of_data,
-            "settings": read,
-        },
+        "data": {"shards": list(asked.shards), **told},
         "settings": settings,
         "device": _device(),
         "versions": versions(),
     }
+
+
+def _data(data: EvaluationData | None, asked: Request) -> dict[str, Any]:
+    """What was measured on, and how `vlm compare` finds its pictures again."""
+    if data is None:
+        return {"fingerprint": files_fingerprint(asked.shards)}
+    read = data.settings.model_copy(update={"train": "", "val": None, "augment": None}).model_dump(mode="json")
+    return {"samples": len(data.source), "fingerprint": data_fingerprint(data.source), "settings": read}
 
 
 def _device() -> str:

@@ -31,12 +31,34 @@ class Request:
         return open_evaluation_data(self.shards, trained.data, self.protocol, self.caption, self.labels, self.images)
 
 
-Task = Callable[[Ready, Request], Outcome]
+@dataclass(frozen=True)
+class Task:
+    """A function that gives an outcome; `questions`: its data is a file of questions, not a source of pictures."""
+
+    run: Callable[[Ready, Request], Outcome]
+    questions: bool = False
+
 
 TASKS: Mapping[str, Task] = {
-    "retrieval": lambda t, r: retrieval_task(t, r.open(t), r.rerank, r.seed, r.features),
-    "classification": lambda t, r: classify(t, r.shards, r.labels, r.classes, r.templates, r.images, r.features),
+    "retrieval": Task(lambda t, r: retrieval_task(t, r.open(t), r.rerank, r.seed, r.features)),
+    "classification": Task(lambda t, r: classify(t, r.shards, r.labels, r.classes, r.templates, r.images, r.features)),
 }
+
+
+def chosen_tasks(trained: Ready, asked: Request, named: Sequence[str]) -> tuple[list[str], EvaluationData | None]:
+    """The tasks, what the model can do unless named, and their data; None: it is a file of questions.
+
+    ValueError: tasks on questions beside others; nothing that the model can do; data that cannot be opened.
+    """
+    names = list(dict.fromkeys(named))
+    on_questions = [name for name in names if TASKS[name].questions]
+    if on_questions and on_questions != names:
+        others = ", ".join(name for name in names if name not in on_questions)
+        raise ValueError(f"--task {on_questions[0]} is on a file of questions, and {others} on pictures: one at a time")
+    if on_questions:
+        return names, None
+    data = asked.open(trained)
+    return names or default_tasks(trained, data), data
 
 
 def default_tasks(trained: Ready, data: EvaluationData) -> list[str]:

@@ -70,7 +70,7 @@ def test_arguments_of_evaluate_and_compare_arrive(vlm: Any) -> None:
     asked |= dict.fromkeys(["images", "features", "labels", "classes", "templates"])
     plain = {"dtype": "float32", "overwrite": False, "json": False, "parts": {}}
     assert (code, given) == (0, ("run", asked, (), None))
-    assert named == plain | {"command": "vlm evaluate a.tar b.tar -m run"}
+    assert named == plain | {"command": "vlm evaluate a.tar b.tar -m run", "names": None}
     more = ("--task", "retrieval", "--task", "classification", "--protocol", "coco-1k", "--rerank", "9", "--seed", "3")
     paths = ("--out", "there", "--features", "kept", "--images", "pictures", "--labels", "cls", "--classes", "c.txt")
     code, [(given, named)] = vlm("evaluate", "d.json", "-m", "run", *more, *paths, "--dtype", "bfloat16", "--overwrite")

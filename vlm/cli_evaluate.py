@@ -27,6 +27,7 @@ TASKS = ("retrieval", "classification")  # those of vlm.eval.tasks, which costs 
 @click.option("--out", type=folder, help="Where the record goes; runs/evaluate/ and the names of model and data.")
 @overwrite_option
 @json_option
+@click.option("--names", type=click.Choice(["lavis", "clip_benchmark"]), help="Print JSON with the keys of this tool.")
 @click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
 @click.option(
     "--protocol", type=click.Choice(tuple(PROTOCOLS)), help="A standard benchmark: its split, captions, folds."
@@ -54,6 +55,7 @@ def evaluate(
     out: Path | None,
     overwrite: bool,
     json: bool,
+    names: str | None,
     caption: str | None,
     protocol: str | None,
     images: Path | None,
@@ -96,6 +98,7 @@ def evaluate(
         json=json,
         parts=parts,
         command=shlex.join(["vlm", *sys.argv[1:]]),
+        names=names,  # type: ignore[arg-type]  # click checks it
     )
 
 

@@ -24,6 +24,7 @@ from vlm.eval.outcome import Outcome
 from vlm.eval.protocol import PROTOCOLS, Protocol
 from vlm.eval.ranking import rank, retrieval_task
 from vlm.eval.record import default_folder, read, write_files
+from vlm.eval.renamed import renamed
 from vlm.eval.run import evaluate
 from vlm.eval.show import FOUND, WAYS, Gallery, Order, matches, surest, worst
 from vlm.eval.tasks import TASKS, Request, Task
@@ -166,6 +167,18 @@ def test_files_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_the_folder_is_named_after_model_and_data(model: str, shards: list[str], name: str) -> None:
     assert default_folder(model, shards) == Path("runs/evaluate") / name
+
+
+def test_the_names_of_other_tools(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((place / "of-qformer" / "metrics.json").read_text(encoding="utf-8"))
+    ours = record["tasks"]["retrieval"]["metrics"]
+    asked = Request([str(place / "test.tar")], rerank=4)
+    evaluate(str(place / "qformer"), asked, out=place / "of-qformer", names="lavis")
+    theirs = json.loads(capsys.readouterr().out)
+    assert theirs["img_r1"] == ours["itm"]["t2i"]["R@1"] and theirs["txt_r5"] == ours["itm"]["i2t"]["R@5"]
+    told = renamed(record, "clip_benchmark")
+    assert (told["task"], told["dataset"], told["model"]) == ("zeroshot_retrieval", "test", "qformer")
+    assert told["metrics"]["image_retrieval_recall@1"] == pytest.approx(ours["itc"]["t2i"]["R@1"] / 100)
 
 
 def test_the_command_line_offers_what_there_is() -> None:
@@ -363,6 +376,9 @@ def test_bad_evaluations(vlm: Commands, place: Path) -> None:
     )
     assert refused(vlm, place, *test, "--features", "kept", "--dtype", "bfloat16") == (
         "vlm: --features keeps what float32 gives: leave --dtype bfloat16 away, or --features"
+    )
+    assert refused(vlm, place, *test, "--task", "classification", "--labels", "txt", "--names", "lavis") == (
+        "vlm: --names lavis is of one --task, retrieval, not of classification"
     )
     assert refused(vlm, place, *test, "--task", "classification") == (
         "vlm: test.tar: which class a picture has is not known: say where it stands (--labels json:FIELD)"

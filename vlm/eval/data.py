@@ -10,6 +10,7 @@ from vlm.data.loader import Loader
 from vlm.data.pictures import Pictures
 from vlm.data.sources import Source, open_pictures
 from vlm.eval.benchmark import IMAGES, LABEL, Benchmark, find_benchmark
+from vlm.eval.features import Features
 from vlm.eval.protocol import Protocol, find_protocol
 from vlm.restore import Ready
 
@@ -75,6 +76,15 @@ def open_evaluation_data(
     source = _plain(chosen, names, chosen.image) if foreign else build_data.shards(chosen, list(names))
     _refuse_other_size(standard, source)
     return EvaluationData(source, chosen, standard, None, labels)
+
+
+def folds(features: Features, protocol: Protocol | None) -> list[Features]:
+    """The pictures of each fold with their captions; one fold of all without a protocol that says otherwise."""
+    if protocol is None or protocol.folds == 1:
+        return [features]
+    places = features.places
+    parts = [protocol.fold(number) for number in range(protocol.folds)]
+    return [features.select(((places >= p.start) & (places < p.stop)).nonzero().flatten()) for p in parts]
 
 
 def _benchmark(found: Benchmark, settings: Settings, standard: Protocol | None, caption: str | None) -> EvaluationData:

@@ -3,7 +3,7 @@
 Captions of one picture are right or wrong together, so what is drawn is a group: a picture with all of its queries
 (cluster bootstrap, percentiles: Efron & Tibshirani 1993, chapter 13). A recall is the mean of `rank <= k`.
 
-Letters: n queries, G groups, d draws that are worked on at once.
+Letters: n queries (m of the second model, n where they are the same), G groups, d draws that are worked on at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +60,7 @@ def interval(
 
 def compare(
     first: Shaped[Tensor, "n"],
-    second: Shaped[Tensor, "n"],
+    second: Shaped[Tensor, "m"],
     groups: Sequence[str],
     seed: int = 0,
     statistic: Statistic = "mean",

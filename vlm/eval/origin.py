@@ -58,7 +58,7 @@ def origin(model: VisionLanguageModel, loader: Loader, texts: bool = True) -> Or
 class DataSum:
     """SHA-256 of the samples up to one, in order: keys, ids, captions, and the bytes of the pictures.
 
-    The same samples give the same sum, whatever files hold them.
+    The same samples give the same sum, wherever their files lie.
     """
 
     def __init__(self, source: Pictures) -> None:

@@ -17,6 +17,7 @@ from vlm.eval.outcome import Outcome
 from vlm.eval.page import as_text, page_of
 from vlm.eval.ranking import rank
 from vlm.eval.record import default_folder, files_fingerprint, refuse_other, versions, write
+from vlm.eval.renamed import Names, refuse_unnamed, renamed
 from vlm.eval.report import render
 from vlm.eval.tasks import TASKS, Request, chosen_tasks
 from vlm.model.weights.files import fingerprint
@@ -37,11 +38,12 @@ def evaluate(
     json: bool = False,
     parts: Mapping[str, str] | None = None,
     command: str = "",
+    names: Names | None = None,
 ) -> Path:
     """Runs the tasks (what the model can do unless named), writes their record into `out` and prints the figures.
 
     `model`, `parts`: as of `open_model`. `out`: see `default_folder`. `dtype`: of the computation; weights stay as they
-    are. `command`: kept in the record. Returns the folder.
+    are. `command`: kept in the record. `names`: prints JSON with the keys of another tool. Returns the folder.
     ValueError: the folder holds another evaluation and `overwrite` is not set; errors of the tasks.
     """
     began = time.perf_counter()
@@ -49,11 +51,13 @@ def evaluate(
     if asked.features is not None and dtype != "float32":
         raise ValueError(f"--features keeps what float32 gives: leave --dtype {dtype} away, or --features")
     trained = open_model(model, best_device(), parts)
-    names, data = chosen_tasks(trained, asked, tasks)
-    record = _about(trained, data, asked, names, dtype)
+    chosen, data = chosen_tasks(trained, asked, tasks)
+    if names is not None:
+        refuse_unnamed(chosen, names)
+    record = _about(trained, data, asked, chosen, dtype)
     refuse_other(folder, record["identity"], overwrite)
     outcomes, seconds = {}, {}
-    for name in names:
+    for name in chosen:
         start = time.perf_counter()
         with _in(dtype):
             outcomes[name] = TASKS[name].run(trained, asked)
@@ -65,7 +69,10 @@ def evaluate(
     sections = [section for outcome in outcomes.values() for section in outcome.sections]
     html = render(page_of(record, [*sections, *looks]))
     write(folder, record, outcomes, html)
-    print(jsonlib.dumps({"folder": str(folder), **record}, indent=1) if json else as_text(outcomes, folder))
+    if names is not None:
+        print(jsonlib.dumps(renamed(record, names), indent=1))
+    else:
+        print(jsonlib.dumps({"folder": str(folder), **record}, indent=1) if json else as_text(outcomes, folder))
     return folder
 
 

@@ -88,7 +88,7 @@ def summarize(found: Classified, label: Int[Tensor, "N"], names: Sequence[str]) 
             {
                 "class": name,
                 "images": int(count[number]),
-                "top1": float(100 * right[number] / count[number]) if count[number] else None,
+                "top1": 100 * int(right[number]) / int(count[number]) if count[number] else None,
                 "often_taken_for": _mistake(found.taken_for[(label == number) & ~first], names),
             }
             for number, name in enumerate(names)
@@ -103,7 +103,7 @@ def chance(label: Int[Tensor, "N"], classes: int) -> dict[str, float | None]:
         "top1": uniform,
         "top5": 5 * uniform if classes >= 5 else None,
         "mean_per_class_recall": uniform,
-        "most_frequent_class": float(100 * torch.bincount(label).max() / len(label)),
+        "most_frequent_class": 100 * int(torch.bincount(label).max()) / len(label),
     }
 
 

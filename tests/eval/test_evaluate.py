@@ -106,6 +106,20 @@ def test_the_same_again_is_allowed_and_gives_the_same(place: Path, capsys: pytes
     assert "text → image R@1" in out and "12 images, 12 captions" in out and f"open {folder / 'report.html'}" in out
 
 
+def test_other_precision_and_kept_features(place: Path, tmp_path: Path) -> None:
+    asked = Request([str(place / "test.tar")], rerank=4)
+    evaluate(str(place / "qformer"), asked, out=tmp_path / "half", dtype="bfloat16")
+    half, full = read(tmp_path / "half"), read(place / "of-qformer")
+    assert half.record["settings"] == full.record["settings"] | {"dtype": "bfloat16"}
+    assert {name: values.shape for name, values in half.values.items()} == dict.fromkeys(full.values, (12,))
+    for name in ("first", "again"):
+        evaluate(str(place / "qformer"), replace(asked, features=tmp_path / "kept"), out=tmp_path / name)
+        assert (tmp_path / name / "values.safetensors").read_bytes() == (
+            place / "of-qformer" / "values.safetensors"
+        ).read_bytes()
+    assert list((tmp_path / "kept").iterdir())
+
+
 def test_another_evaluation_is_refused_with_its_differences(place: Path) -> None:
     folder = place / "of-clip"
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -395,7 +409,7 @@ def test_bad_comparisons(vlm: Commands, place: Path) -> None:
         "vlm: clip holds no evaluation (no metrics.json): vlm evaluate SHARDS --model M --out clip"
     )
     assert refused(vlm, place, "compare", "of-clip", "of-other") == (
-        "vlm: of-clip and of-other differ in retrieval/itc/t2i/rank: 12 queries and 10; evaluate both on the same data"
+        "vlm: of-clip and of-other differ in retrieval/itc/i2t/rank: 12 queries and 10; evaluate both on the same data"
     )
     assert refused(vlm, place, "compare", "of-clip", "of-qformer", "--out", "of-clip").startswith(
         "vlm: of-clip holds another evaluation ("

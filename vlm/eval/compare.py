@@ -84,7 +84,7 @@ def compare(
 
 def shared(one: Evaluation, two: Evaluation) -> list[str]:
     """Values that both have. ValueError: none, or of other queries."""
-    names = [name for name in one.values if name in two.values]
+    names = sorted(name for name in one.values if name in two.values)
     where = f"{one.folder} and {two.folder}"
     if not names:
         tasks = " and ".join(", ".join(each.record["tasks"]) for each in (one, two))
@@ -99,7 +99,7 @@ def shared(one: Evaluation, two: Evaluation) -> list[str]:
             at = differing[0]
             what = f"query {at + 1} is {mine[at][0]!r} in the first, {other[at][0]!r} in the second"
             raise ValueError(f"{where} differ in {name}: {what}; {remedy}")
-    return sorted(names)
+    return names
 
 
 def differences(one: Evaluation, two: Evaluation, names: Sequence[str], seed: int) -> list[Difference]:

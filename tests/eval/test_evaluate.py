@@ -17,8 +17,9 @@ from tests.eval.test_report import Reader
 from tests.tiny import pack, picture, squares, tiny_run
 from vlm.cli_evaluate import TASKS as NAMES
 from vlm.eval import record as record_module
-from vlm.eval.compare import compare, gain
+from vlm.eval.compare import Difference, compare, gain
 from vlm.eval.data import open_evaluation_data
+from vlm.eval.interval import Comparison
 from vlm.eval.measure import measures
 from vlm.eval.outcome import Outcome
 from vlm.eval.protocol import PROTOCOLS, Protocol
@@ -352,6 +353,22 @@ def test_a_model_is_no_better_than_itself(place: Path, tmp_path: Path, capsys: p
     compare(place / "of-clip", place / "of-clip", tmp_path / "same", json=True)
     told = json.loads(capsys.readouterr().out)["differences"]
     assert all((one["difference"], one["low"], one["high"], one["p"]) == (0, 0, 0, 1) for one in told.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "difference", "p", "better"),
+    [
+        ("retrieval/itc/t2i/R@1", 2.0, 0.01, "second"),
+        ("retrieval/itc/t2i/R@1", -2.0, 0.01, "first"),
+        ("retrieval/itc/t2i/mean_rank", 2.0, 0.01, "first"),
+        ("retrieval/itc/t2i/mean_rank", -2.0, 0.01, "second"),
+        ("retrieval/itc/t2i/R@1", 2.0, 0.05, ""),
+    ],
+)
+def test_what_is_better(name: str, difference: float, p: float, better: str) -> None:
+    found = Difference(name, 10.0, 10 + difference, Comparison(difference, 0.0, 4.0, p))
+    assert found.better == found.row[-1] == better
+    assert found.row[0] == name.removeprefix("retrieval/").replace("/", " ").replace("_", " ")
 
 
 def test_gain() -> None:

@@ -37,20 +37,25 @@ class Difference:
     found: Comparison
 
     @property
+    def better(self) -> str:
+        """Which of the two; nothing where chance may have decided. Of ranks the lower is better."""
+        if self.found.p >= SURE:
+            return ""
+        rises = self.found.difference > 0
+        return "second" if rises != self.name.endswith("mean_rank") else "first"
+
+    @property
     def row(self) -> list[str]:
         """For a table."""
         change, low, high = self.found.difference, self.found.low, self.found.high
         p = f"{self.found.p:.3f}" if self.found.p >= 0.001 else "< 0.001"
-        sure = "" if self.found.p >= SURE else "yes"
-        return [
-            self.name,
-            f"{self.first:.2f}",
-            f"{self.second:.2f}",
-            f"{change:+.2f}",
-            f"{low:+.2f} to {high:+.2f}",
-            p,
-            sure,
-        ]
+        figures = [f"{self.first:.2f}", f"{self.second:.2f}", f"{change:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+        return [_words(self.name), *figures, p, self.better]
+
+
+def _words(name: str) -> str:
+    """retrieval/itc/t2i/R@1 as itc t2i R@1, which may be broken over lines."""
+    return name.partition("/")[2].replace("/", " ").replace("_", " ")
 
 
 def compare(
@@ -116,10 +121,10 @@ def differences(one: Evaluation, two: Evaluation, names: Sequence[str], seed: in
 
 def _table(found: Sequence[Difference]) -> Table:
     note = (
-        f"Second - first. Queries about one picture are drawn together. p: how often chance alone gives as large a "
-        f"difference; among {len(found)} figures, one in twenty is below {SURE} by chance."
+        "Second - first. Queries about one picture are drawn together. p: how often chance alone gives as large a "
+        f"difference; better: where p is below {SURE}, which one in twenty figures is by chance."
     )
-    header = ["", "first", "second", "difference", "95 % interval", "p", f"p < {SURE}"]
+    header = ["", "first", "second", "difference", "95 % interval", "p", "better"]
     return Table("Differences", header, [each.row for each in found], note)
 
 
@@ -145,7 +150,7 @@ def changed(one: Evaluation, two: Evaluation, names: Sequence[str]) -> list[Gall
             queries = [q for q in change.argsort(descending=True, stable=True)[:QUERIES].tolist() if change[q] > 0]
             cards = [_card(one, two, name, query, source) for query in queries]
             if cards:
-                sections.append(Gallery(f"{title}, {name}", cards))
+                sections.append(Gallery(f"{title}, {_words(name)}", cards))
     return sections
 
 

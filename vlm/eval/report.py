@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from vlm.eval.chart import Number, Point, chart, shares
 
-Directions = Mapping[str, Mapping[str, Number]]
+Directions = Mapping[str, Any]  # of "t2i" and "i2t" figures by name, as `vlm.eval.retrieval.summarize` gives them
 
 
 @dataclass(frozen=True)

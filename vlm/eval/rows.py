@@ -1,6 +1,6 @@
 """Many pieces of different origin as few flat arrays: strings, texts of different length, tensors that lie in files.
 
-Letters: K rows, L elements of all of them, P parts, n rows of one part.
+Letters: K rows, L elements of all of them, P parts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -82,7 +82,7 @@ class Stacked:
     `chosen`: which of them are counted here; None: all.
     """
 
-    parts: Sequence[Shaped[Tensor, "n ..."]]
+    parts: Sequence[Shaped[Tensor, "_ ..."]]
     chosen: Int[Tensor, "K"] | None = None
 
     @cached_property

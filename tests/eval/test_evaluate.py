@@ -155,6 +155,22 @@ def test_nothing_is_written_where_a_task_fails(place: Path, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_swallows_no_figure(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError) as caught:
+        evaluate(str(place / "clip"), Request([str(place / "test.tar")]), out=tmp_path / "out")
+    names = "values.safetensors, queries.json, report.html, metrics.json"
+    assert str(caught.value) == f"could not write {names} in {tmp_path / 'out'}: [Errno 28] No space left on device"
+    assert list((tmp_path / "out").iterdir()) == []
+    out = capsys.readouterr().out
+    assert "text → image R@1" in out and "open" not in out
+
+
 def test_files_are_written_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path, {"a": b"one", "b": b"one"})
     calls = []
@@ -402,6 +418,7 @@ def test_bad_evaluations(vlm: Commands, place: Path) -> None:
     test = ("evaluate", "test.tar", "-m", "clip")
     (place / "file").touch()
     assert refused(vlm, place, *test, "--out", "file") == "vlm: --out: file is a file"
+    assert refused(vlm, place, *test, "--out", "file/below").endswith("/file is a file")
     assert refused(vlm, place, *test, "--out", "of-qformer").startswith(
         "vlm: of-qformer holds another evaluation (model: "
     )

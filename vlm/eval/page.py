@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from vlm.eval.outcome import Outcome
-from vlm.eval.record import REPORT
 from vlm.eval.report import Page, Score, Section, Table
 
 
-def as_text(outcomes: Mapping[str, Outcome], folder: Path) -> str:
-    """The first table and the counts of each task, and where the rest is."""
+def as_text(outcomes: Mapping[str, Outcome]) -> str:
+    """The first table and the counts of each task."""
     told = list[str]()
     for outcome in outcomes.values():
         first = [section for section in outcome.sections[:1] if isinstance(section, Table)]
         counts = [f"{count} {name}" for name, count in outcome.counts.items() if isinstance(count, int)]
         told += [*(line for table in first for line in lines(table)), ", ".join(counts), ""]
-    return "\n".join([*told, f"open {folder / REPORT}"])
+    return "\n".join(told)
 
 
 def lines(table: Table) -> list[str]:

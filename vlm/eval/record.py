@@ -1,5 +1,6 @@
 """An evaluation on disk: metrics.json, values.safetensors, queries.json and report.html, whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -54,8 +55,11 @@ def versions() -> dict[str, str]:
 
 def refuse_other(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
     """ValueError: the folder holds something else than an evaluation of this identity. Changes nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out: {folder} is a file")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
     held = [name for name in (METRICS, VALUES, QUERIES, REPORT) if (folder / name).exists()]
     if overwrite or not held:
         return
@@ -94,10 +98,10 @@ def write(folder: Path, record: Mapping[str, Any], outcomes: Mapping[str, Outcom
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All of them or, where the disk is full, none; those before stay until then. Makes missing folders."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """All of them or, where the disk is full, none; those before stay until then. Makes missing folders. OSError."""
     drafts = {folder / f".{name}.{os.getpid()}.part": folder / name for name in files}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for draft, data in zip(drafts, files.values(), strict=True):
             with draft.open("wb") as stream:
                 stream.write(data)
@@ -105,6 +109,8 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(stream.fileno())
         for draft, final in drafts.items():
             draft.replace(final)
+    except OSError as error:
+        raise OSError(f"could not write {', '.join(files)} in {folder}: {error}") from None
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from vlm.eval.origin import data_fingerprint
 from vlm.eval.outcome import Outcome
 from vlm.eval.page import as_text, page_of
 from vlm.eval.ranking import rank
-from vlm.eval.record import default_folder, files_fingerprint, refuse_other, versions, write
+from vlm.eval.record import REPORT, default_folder, files_fingerprint, refuse_other, versions, write
 from vlm.eval.renamed import Names, refuse_unnamed, renamed
 from vlm.eval.report import render
 from vlm.eval.tasks import TASKS, Request, chosen_tasks
@@ -68,11 +68,13 @@ def evaluate(
     record |= {"tasks": found, "seconds": seconds, "command": command}
     sections = [section for outcome in outcomes.values() for section in outcome.sections]
     html = render(page_of(record, [*sections, *looks]))
-    write(folder, record, outcomes, html)
     if names is not None:
         print(jsonlib.dumps(renamed(record, names), indent=1))
     else:
-        print(jsonlib.dumps({"folder": str(folder), **record}, indent=1) if json else as_text(outcomes, folder))
+        print(jsonlib.dumps({"folder": str(folder), **record}, indent=1) if json else as_text(outcomes))
+    write(folder, record, outcomes, html)  # after the figures, which a full disk must not swallow
+    if not json and names is None:
+        print(f"open {folder / REPORT}")
     return folder
 
 

@@ -40,7 +40,7 @@ def interval(
     bounds: tuple[float, float] | None = None,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
-    """The 95 % interval of the mean or median of `values`, which come in `groups`; in any order of the queries the same.
+    """The 95 % interval of the mean or median of `values`, in `groups`; in any order of the queries the same.
 
     `bounds`: what a value can be at least and at most. Where all values stand at one bound the bootstrap has nothing to
     vary, and would be sure; the exact binomial interval over groups takes its place (Clopper & Pearson 1934).
@@ -120,7 +120,8 @@ class _Groups:
 
         def mean(weights: Sequence[Float[np.ndarray, "d G"]]) -> Float[np.ndarray, "d"]:
             heavy = np.concatenate(weights, axis=1)
-            return (heavy @ sums) / (heavy @ sizes)
+            found: np.ndarray = (heavy @ sums) / (heavy @ sizes)
+            return found
 
         return mean
 
@@ -134,7 +135,8 @@ class _Groups:
             upto = np.concatenate(weights, axis=1)[:, owner].cumsum(1)
             total = upto[:, -1:]
             middle = [ordered[(upto > place).argmax(1)] for place in ((total - 1) // 2, total // 2)]
-            return (middle[0] + middle[1]) / 2
+            found: np.ndarray = (middle[0] + middle[1]) / 2
+            return found
 
         return median
 

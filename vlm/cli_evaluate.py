@@ -105,7 +105,7 @@ def evaluate(
 @click.command()
 @click.argument("first", type=folder)
 @click.argument("second", type=folder)
-@click.option("--out", type=folder, help="Where the page goes; beside the second evaluation unless given.")
+@click.option("--out", type=folder, help="Where the page goes; runs/compare/ and the names of both unless given.")
 @overwrite_option
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws.")
 @json_option

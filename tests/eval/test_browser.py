@@ -1,4 +1,4 @@
-"""The page in a real browser, where there is one: nothing is asked for, nothing is complained of, pictures are drawn."""
+"""The page in a real browser, where there is one: it asks for nothing, complains of nothing, shows its pictures."""
 
 import io
 import shutil

@@ -445,6 +445,15 @@ def test_bad_comparisons(vlm: Commands, place: Path) -> None:
     assert refused(vlm, place, "compare", "of-clip", "of-other") == (
         "vlm: of-clip and of-other differ in retrieval/itc/i2t/rank: 12 queries and 10; evaluate both on the same data"
     )
+    compare(place / "of-clip", place / "of-qformer", place / "compared")
+    assert refused(vlm, place, "compare", "of-clip", "compared").startswith(
+        "vlm: compared/metrics.json is not of vlm evaluate, or damaged (FileNotFoundError("
+    )
+    evaluate(str(place / "clip"), Request([str(place / "test.tar")], labels="txt"), out=place / "of-classes")
+    assert refused(vlm, place, "compare", "of-clip", "of-classes") == (
+        "vlm: of-clip and of-classes have nothing in common (retrieval and classification): evaluate both with the same "
+        "--task"
+    )
     assert refused(vlm, place, "compare", "of-clip", "of-qformer", "--out", "of-clip").startswith(
         "vlm: of-clip holds another evaluation ("
     )

@@ -68,7 +68,11 @@ def compare(
     one, two = read(first), read(second)
     names = shared(one, two)
     folder = out or Path("runs", "compare", f"{first.resolve().name}-{second.resolve().name}")
-    identity = {"first": one.record["identity"], "second": two.record["identity"], "seed": seed}
+    pair = {"first": one, "second": two}
+    identity = {
+        f"{which} {name}": value for which, each in pair.items() for name, value in each.record["identity"].items()
+    }
+    identity |= {"draws of seed": seed}
     refuse_other(folder, identity, overwrite)
     found = differences(one, two, names, seed)
     record = {

@@ -173,7 +173,7 @@ def read(folder: Path) -> Evaluation:
         if wrong:
             raise ValueError(f"{folder / wrong[0]} is not the file that was written with {METRICS}: evaluate again")
         tensors, told = load(parts[VALUES]), json.loads(parts[QUERIES])
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (FileNotFoundError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder / METRICS} is not of vlm evaluate, or damaged ({error!r}): evaluate again") from None
     return Evaluation(
         folder,

@@ -451,8 +451,8 @@ def test_bad_comparisons(vlm: Commands, place: Path) -> None:
     )
     evaluate(str(place / "clip"), Request([str(place / "test.tar")], labels="txt"), out=place / "of-classes")
     assert refused(vlm, place, "compare", "of-clip", "of-classes") == (
-        "vlm: of-clip and of-classes have nothing in common (retrieval and classification): evaluate both with the same "
-        "--task"
+        "vlm: of-clip and of-classes have nothing in common (retrieval and classification): evaluate both with the "
+        "same --task"
     )
     assert refused(vlm, place, "compare", "of-clip", "of-qformer", "--out", "of-clip").startswith(
         "vlm: of-clip holds another evaluation ("

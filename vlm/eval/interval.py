@@ -40,7 +40,7 @@ def interval(
     bounds: tuple[float, float] | None = None,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
-    """The 95 % interval of the mean or median of `values`, in `groups`; in any order of the queries the same.
+    """The 95 % interval of the mean or median of `values`, which come in `groups`; the order does not matter.
 
     `bounds`: what a value can be at least and at most. Where all values stand at one bound the bootstrap has nothing to
     vary, and would be sure; the exact binomial interval over groups takes its place (Clopper & Pearson 1934).
@@ -120,8 +120,7 @@ class _Groups:
 
         def mean(weights: Sequence[Float[np.ndarray, "d G"]]) -> Float[np.ndarray, "d"]:
             heavy = np.concatenate(weights, axis=1)
-            found: np.ndarray = (heavy @ sums) / (heavy @ sizes)
-            return found
+            return np.asarray((heavy @ sums) / (heavy @ sizes))
 
         return mean
 
@@ -135,8 +134,7 @@ class _Groups:
             upto = np.concatenate(weights, axis=1)[:, owner].cumsum(1)
             total = upto[:, -1:]
             middle = [ordered[(upto > place).argmax(1)] for place in ((total - 1) // 2, total // 2)]
-            found: np.ndarray = (middle[0] + middle[1]) / 2
-            return found
+            return np.asarray((middle[0] + middle[1]) / 2)
 
         return median
 

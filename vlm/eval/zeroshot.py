@@ -60,11 +60,11 @@ def classifier(
 def classify_images(
     image: Float[Tensor, "N Q E"], classes: Float[Tensor, "C E"], label: Int[Tensor, "N"], chunk: int = 1024
 ) -> Classified:
-    """Ranks of the true classes, by the best of an image's vectors; `chunk` bounds the images scored at once."""
+    """Ranks of the true classes, by the best of an image's vectors; `chunk` bounds the vectors scored at once."""
     norms = float(image.norm(dim=-1).max()) * float(classes.norm(dim=-1).max())
     slack = norms * torch.finfo(classes.dtype).eps / 2 * max(16.0, math.sqrt(classes.shape[1]))
-    found = []
-    for vectors, true in zip(image.split(chunk), label.split(chunk), strict=True):
+    rows, found = max(1, chunk // image.shape[1]), []
+    for vectors, true in zip(image.split(rows), label.split(rows), strict=True):
         scores = (vectors.flatten(0, 1) @ classes.T).unflatten(0, vectors.shape[:2]).amax(1)
         own = scores.gather(1, true[:, None])
         others = scores.scatter(1, true[:, None], -torch.inf)
@@ -160,7 +160,7 @@ def classify(
         },
         protocol=_protocol(ready, data, described, texts),
         values={f"{TASK}/rank": ranked.rank.cpu(), f"{TASK}/margin": ranked.margin.cpu()},
-        groups={f"{TASK}/{name}": features.names for name in ("rank", "margin")},
+        groups={f"{TASK}/{name}": list(features.names) for name in ("rank", "margin")},
         sections=sections(metrics, floor, cards(data.source, features.places, ranked, label, described.names)),
     )
 

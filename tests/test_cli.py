@@ -35,7 +35,7 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
         recorder = Recorder(error)
         below = SimpleNamespace(train=recorder, quickstart=recorder, caption=recorder, evaluate=recorder)
         below.check, below.preview = recorder, recorder
-        below.export = recorder
+        below.export, below.compare, below.Request = recorder, recorder, dict
         names = (
             "vlm.train.run",
             "vlm.quickstart.run",
@@ -43,6 +43,8 @@ def vlm(monkeypatch: pytest.MonkeyPatch) -> Any:
             "vlm.captioning.run",
             "vlm.eval.doctor",
             "vlm.eval.preview",
+            "vlm.eval.tasks",
+            "vlm.eval.compare",
         )
         for name in (*names, "vlm.export"):
             monkeypatch.setitem(sys.modules, name, below)
@@ -62,6 +64,27 @@ def test_arguments_of_export_arrive(vlm: Any) -> None:
     assert given == (0, [(("x.pth", Path("out"), parts, "bfloat16", 2.0, True, True), {})])
 
 
+def test_arguments_of_evaluate_and_compare_arrive(vlm: Any) -> None:
+    code, [(given, named)] = vlm("evaluate", "a.tar", "b.tar", "-m", "run")
+    asked = {"shards": ("a.tar", "b.tar"), "caption": None, "protocol": None, "rerank": 16, "seed": 0}
+    asked |= dict.fromkeys(["images", "features", "labels", "classes", "templates"])
+    plain = {"dtype": "float32", "overwrite": False, "json": False, "parts": {}}
+    assert (code, given) == (0, ("run", asked, (), None))
+    assert named == plain | {"command": "vlm evaluate a.tar b.tar -m run", "names": None}
+    more = ("--task", "retrieval", "--task", "classification", "--protocol", "coco-1k", "--rerank", "9", "--seed", "3")
+    paths = ("--out", "there", "--features", "kept", "--images", "pictures", "--labels", "cls", "--classes", "c.txt")
+    code, [(given, named)] = vlm("evaluate", "d.json", "-m", "run", *more, *paths, "--dtype", "bfloat16", "--overwrite")
+    assert code == 0 and given[2:] == (("retrieval", "classification"), Path("there"))
+    assert given[1] == {
+        **{"shards": ("d.json",), "caption": None, "protocol": "coco-1k", "rerank": 9, "seed": 3},
+        **{"images": Path("pictures"), "features": Path("kept"), "labels": "cls"},
+        **{"classes": "c.txt", "templates": None},
+    }
+    assert (named["dtype"], named["overwrite"]) == ("bfloat16", True)
+    given = vlm("compare", "one", "two", "--out", "there", "--json")
+    assert given == (0, [((Path("one"), Path("two"), Path("there")), {"overwrite": False, "seed": 0, "json": True})])
+
+
 def test_arguments_arrive(vlm: Any) -> None:
     defaults = {"out": Path("runs/x"), "resume": False, "overwrite": False}
     assert vlm("train", "configs/x.yaml") == (0, [((Path("configs/x.yaml"), []), defaults)])
@@ -79,8 +102,6 @@ def test_arguments_arrive(vlm: Any) -> None:
         *("--max-new", "9", "--temperature", "0.5"),
     )
     assert drawn == (0, [(("run", ["a.png", "-"]), {"json": True, **sampling})])
-    plain = {"json": False, "caption": None, "k": 16, "parts": {}}
-    assert vlm("evaluate", "a.tar", "b.tar", "-m", "run") == (0, [(("run", ["a.tar", "b.tar"]), plain)])
     given = vlm("shards", "preview", "a.tar", "--out", "s.jpg", "--count", "3")
     assert given == (0, [((["a.tar"], None, Path("s.jpg"), 3, 3), {})])
     limits = {"image": None, "caption": None, "min_side": 1, "max_tokens": None, "max_bad_fraction": 0.1}

@@ -134,10 +134,10 @@ def test_retrieval(maker: Callable[[Path], Made], vlm: Commands, tmp_path: Path)
     tar, seen, texts = shard(tmp_path)
     done = run(vlm, tmp_path, "evaluate", tar, "--model", made.folder, "--caption", "txt", "--json")
     assert (done.code, done.err) == (0, "")
-    found = json.loads(done.out)
+    found = json.loads(done.out)["tasks"]["retrieval"]
     scores = contrast(made, seen, texts)
     for way, wanted in (("i2t", recalls(scores)), ("t2i", recalls(scores.T))):
-        assert {name: found["retrieval"]["itc"][way][name] for name in wanted} == pytest.approx(wanted)
+        assert {name: found["metrics"]["itc"][way][name] for name in wanted} == pytest.approx(wanted)
     assert found["counts"]["images"] == COUNT
 
 
@@ -164,7 +164,7 @@ def test_retrieval_of_blip2_with_its_matching_head(
     options = ("--caption", "txt", "--json", "--rerank", COUNT)
     done = run(vlm, tmp_path, "evaluate", tar, *published.options, *options)
     assert (done.code, done.err) == (0, "")
-    found = json.loads(done.out)["retrieval"]
+    found = json.loads(done.out)["tasks"]["retrieval"]["metrics"]
     for name, scores in (("itc", itc), ("itm", itm)):
         for way, wanted in (("i2t", recalls(scores)), ("t2i", recalls(scores.T))):
             assert {key: found[name][way][key] for key in wanted} == pytest.approx(wanted)

@@ -12,6 +12,7 @@ from typing import Literal
 import click
 
 from vlm import __version__
+from vlm.cli_evaluate import compare, evaluate
 from vlm.cli_options import (
     config_argument,
     folder,
@@ -133,27 +134,6 @@ def caption(
 
 
 @app.command()
-@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
-@model_option
-@part_option
-@json_option
-@click.option("--caption", help="Where the captions stand, such as json:caption; as in training unless given.")
-@click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
-@pipe_option
-def evaluate(
-    model: str, shards: tuple[str, ...], parts: dict[str, str], json: bool, caption: str | None, k: int
-) -> None:
-    """Measure image-text retrieval.
-
-    Recall at 1, 5 and 10, text to image and image to text. SHARDS are tar files, folders of them, patterns such as
-    {000..003}.tar, addresses of them, or what else `vlm shards write` can read.
-    """
-    from vlm.eval.run import evaluate as measure
-
-    measure(model, list(shards), json=json, caption=caption, k=k, parts=parts)
-
-
-@app.command()
 @click.argument("model")
 @click.argument("out", type=folder)
 @part_option
@@ -204,7 +184,8 @@ def models(json: bool) -> None:
         show(as_table())
 
 
-app.add_command(shards)
+for command in (evaluate, compare, shards):
+    app.add_command(command)
 
 
 def main() -> None:

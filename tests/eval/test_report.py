@@ -3,14 +3,29 @@
 import io
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vlm.eval import report
-from vlm.eval.report import Card, Curves, Gallery, Page, Score, Table, render, retrieval_tables, write_page
+from vlm.eval import chart, report
+from vlm.eval.report import (
+    Card,
+    Curves,
+    Entry,
+    Gallery,
+    Match,
+    Matches,
+    Page,
+    Recalls,
+    Score,
+    Table,
+    render,
+    retrieval_tables,
+    write_page,
+)
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -24,6 +39,8 @@ def picture(kind: str = "PNG") -> bytes:
 
 def full_page(text: str = "plain") -> Page:
     losses = [(step, 4.0 / (step + 1)) for step in range(1000)]
+    queries = [Entry(text, note=text), Entry(text, picture(), text)]
+    found = Entry(text, picture(), text, right=True, place="1,000")
     return Page(
         title=text,
         intro=f"{text}\n\nSecond paragraph.",
@@ -32,6 +49,8 @@ def full_page(text: str = "plain") -> Page:
             Table(f"table {text}", ["", "Chance", "ITC"], [[text, "0.2 %", Score(63.4, 0.2)]], note=text),
             Curves(f"curves {text}", {text: losses, "few": [(0, 1.5), (10, 0.5)]}, {text: 4.85}, note=text),
             Gallery(f"gallery {text}", [Card(picture(), text, text, ok) for ok in (True, False, None)], note=text),
+            Recalls(f"recalls {text}", {text: {text: [(1, 20.0), (10, 90.0)]}}, {text: [(1, 1.0), (10, 10.0)]}, text),
+            Matches(f"matches {text}", [Match(query, [found, replace(found, image=None)]) for query in queries], text),
         ],
         credits=[text],
     )
@@ -80,7 +99,7 @@ def test_well_formed_and_complete() -> None:
     ):
         assert expected in page.text
     headings = [int(tag[1]) for tag, _ in page.seen if re.fullmatch(r"h\d", tag)]
-    assert headings == [1, 2, 2, 2]
+    assert headings == [1, 2, 2, 2, 2, 2]
 
 
 def test_nothing_is_fetched_and_nothing_runs() -> None:
@@ -134,22 +153,22 @@ def test_bars(score: Score, text: str, bar: float | None, mark: float | None) ->
 
 
 def test_chart_geometry_by_hand() -> None:
-    chart = report._chart("loss", [(0, 2.0), (10, 1.0)], chance=4.0)
-    x, y = report._Axis(0, 10, 44, 348), report._Axis(0, 4.24, 184, 14)
-    assert chart["line"] == f"44.0,{y(2)} 348.0,{y(1)}"
-    assert chart["chance_y"] == y(4) and chart["dot"] == (348, y(1))
-    assert (chart["first"], chart["last"], chart["raw"]) == ("2.00", "1.00", "")
-    assert chart["x_ticks"] == [(x(n), str(n)) for n in (0, 2, 4, 6, 8, 10)]
-    assert chart["y_ticks"] == [(y(n), str(n)) for n in (0, 1, 2, 3, 4)]
+    drawn = chart.chart("loss", [(0, 2.0), (10, 1.0)], chance=4.0)
+    x, y = chart.Axis(0, 10, 44, 348), chart.Axis(0, 4.24, 184, 14)
+    assert drawn["line"] == f"44.0,{y(2)} 348.0,{y(1)}"
+    assert drawn["chance_y"] == y(4) and drawn["dot"] == (348, y(1))
+    assert (drawn["first"], drawn["last"], drawn["raw"]) == ("2.00", "1.00", "")
+    assert drawn["x_ticks"] == [(x(n), str(n)) for n in (0, 2, 4, 6, 8, 10)]
+    assert drawn["y_ticks"] == [(y(n), str(n)) for n in (0, 1, 2, 3, 4)]
 
 
 def test_thinning_keeps_spikes_and_smoothing_keeps_the_mean() -> None:
     points = [(float(step), 1.0) for step in range(10_000)]
     points[4321] = (4321.0, 99.0)
-    kept = [p for bucket in report._buckets(points, report.RAW) for p in report._extremes(bucket)]
-    assert (4321.0, 99.0) in kept and len(kept) <= 2 * report.RAW
-    means = report._means([(float(step), float(step % 7)) for step in range(700)])
-    assert len(means) <= report.SMOOTH
+    kept = [p for bucket in chart.buckets(points, chart.RAW) for p in chart.extremes(bucket)]
+    assert (4321.0, 99.0) in kept and len(kept) <= 2 * chart.RAW
+    means = chart.means([(float(step), float(step % 7)) for step in range(700)])
+    assert len(means) <= chart.SMOOTH
     assert sum(value for _, value in means) / len(means) == pytest.approx(3, abs=0.05)
 
 
@@ -172,7 +191,7 @@ def test_values_that_are_not_finite_are_counted_not_hidden() -> None:
     [(0.254, "0.25"), (1500, "1.5k"), (2000, "2k"), (450, "450"), (0, "0"), (-3, "-3.00"), (0.00424, "0.0042")],
 )
 def test_short_numbers(value: float, text: str) -> None:
-    assert report._number(value) == text
+    assert chart.number(value) == text
 
 
 def test_retrieval_tables() -> None:
@@ -217,3 +236,30 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     write_page(path, full_page("second"))
     assert b"second" in path.read_bytes()
+
+
+def test_recall_curves_by_hand() -> None:
+    drawn = chart.shares("t2i", {"ITC": [(1, 50.0), (100, 100.0)]}, [(1, 1.0), (100, 100.0)])
+    x, y = chart.Axis(0, 2, 44, 348), chart.Axis(0, 100, 184, 14)
+    assert drawn["lines"] == [("ITC", f"{x(0)},{y(50)} {x(2)},{y(100)}")]
+    assert drawn["chance"] == f"{x(0)},{y(1)} {x(2)},{y(100)}"
+    assert [label for _, label in drawn["x_ticks"]] == ["1", "2", "5", "10", "20", "50", "100"]
+    assert drawn["label"] == "t2i: ITC 50.0 to 100.0 percent; chance 1.0 to 100.0 percent"
+    chart.shares("one candidate", {"ITC": [(1, 100.0)]}, [(1, 100.0)])
+
+
+def test_a_score_with_its_interval() -> None:
+    cell = report._cell(Score(63.4, 0.2, interval=(60.0, 66.8)))
+    assert (cell["within"], cell["start"], cell["wide"]) == ("60.0–66.8", 60, 6.8)
+    assert cell["label"] == "63.4 %, chance 0.2 %, 95 % interval 60.0–66.8"
+
+
+def test_a_card_without_its_picture() -> None:
+    page = Reader(render(Page("t", "", [], [Gallery("g", [Card(None, "a cat", note="rank 9 → 1")])])))
+    assert not page.all("img") and "a cat" in page.text and "rank 9 → 1" in page.text
+
+
+def test_what_fits_is_said_in_words() -> None:
+    rows = [Match(Entry("cat"), [Entry("dog", picture()), Entry("cat", picture(), right=True)])]
+    page = Reader(render(Page("t", "", [], [Matches("m", rows)])))
+    assert page.text.count("right") == 1 and [img["alt"] for img in page.all("img")] == ["dog", "cat"]

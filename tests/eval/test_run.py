@@ -18,6 +18,7 @@ from vlm.data.image import decode
 from vlm.data.shards import Shards
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.run import evaluate, retrieval
+from vlm.eval.tasks import Request
 from vlm.model.generate import Sampling
 from vlm.restore import restore
 from vlm.train.run import train_run
@@ -49,14 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("kind", "found"), [("clip", {"itc"}), ("qformer", {"itc", "itm"})])
 def test_evaluate_prints_json(folder: Path, capsys: pytest.CaptureFixture[str], kind: str, found: set[str]) -> None:
-    evaluate(str(folder / kind), [str(folder / "test.tar")], json=True)
-    result = json.loads(capsys.readouterr().out)
-    assert set(result) == {"retrieval", "chance", "counts"}
-    assert set(result["retrieval"]) == found
-    for summary in (*result["retrieval"].values(), result["chance"]):
-        assert set(summary) == WAYS
+    out = folder / f"of-{kind}"
+    evaluate(str(folder / kind), Request([str(folder / "test.tar")]), out=out, json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["folder"] == str(out)
+    result = printed["tasks"]["retrieval"]
+    assert set(result["metrics"]) == found
+    for summary in (*result["metrics"].values(), result["chance"]):
+        assert set(summary) == {*WAYS, "rSum"}
         assert all(set(summary[way]) == MEASURES for way in WAYS)
-    assert result["counts"] == {"images": 8, "captions": 8, "unusable": {}, "rerank_k": 16}
+    assert result["counts"] == {"images": 8, "captions": 8, "unusable": {}}
     assert result["chance"]["t2i"]["R@1"] == pytest.approx(12.5)
 
 
@@ -110,11 +113,12 @@ def test_unusable_samples_are_counted(folder: Path) -> None:
 
 
 def test_evaluate_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(str(folder / "qformer"), [str(folder / "test.tar")])
+    evaluate(str(folder / "qformer"), Request([str(folder / "test.tar")]), out=folder / "table")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == ["itc", "itm", "chance"]
-    assert lines[0].split()[:2] == ["t2i", "R@1"]
-    assert lines[4] == "8 images, 8 captions, ties count against the model"
+    assert lines[0].split() == ["Chance", "ITC", "top", "16", "re-ranked", "by", "ITM"]
+    assert lines[1].split()[:6] == ["text", "→", "image", "R@1", "12.5", "%"]
+    assert lines[11].split()[0] == "rSum" and lines[12] == "8 images, 8 captions"
+    assert lines[-1] == f"open {folder / 'table' / 'report.html'}"
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from vlm.eval.report import Section
@@ -16,6 +16,8 @@ class Outcome:
 
     `values`: what each query got, such as {"itc/t2i/rank": …}; two models are compared query by query on them. `groups`
     names under the same keys the picture of each query: queries about one picture are drawn together in intervals.
+    `queries` names the queries themselves (as the pictures unless given), `samples` says of which sample of the data
+    each is, for a page that shows its picture. `intervals`: 95 %, of figures in `metrics`.
     """
 
     metrics: Mapping[str, Any]
@@ -25,3 +27,6 @@ class Outcome:
     values: Mapping[str, Shaped[Tensor, "n"]] = field(default_factory=dict)
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sections: Sequence[Section] = ()  # of the report, the first one its table beside chance
+    queries: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    samples: Mapping[str, Int[Tensor, "n"]] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""One offline HTML page of a run: facts, tables beside chance, loss curves, captioned pictures.
+"""One offline HTML page: facts, tables beside chance, curves, captioned pictures, queries with what was found.
 
 Pictures are embedded, curves are drawn as SVG; there is no script and nothing to fetch. The template only places what
 this module prepared; Jinja escapes every string on the way.
@@ -10,13 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
-Number = float | int
-Directions = Mapping[str, Mapping[str, Number]]
+from vlm.eval.chart import Number, Point, chart, shares
+
+Directions = Mapping[str, Any]  # of "t2i" and "i2t" figures by name, as `vlm.eval.retrieval.summarize` gives them
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Score:
     best: Number = 100
     unit: str = " %"
     digits: int = 1
+    interval: tuple[Number, Number] | None = None  # in which it lies with 95 % confidence
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Curves:
 
 @dataclass(frozen=True)
 class Card:
-    """An encoded picture (PNG, WebP, JPEG or GIF), what the model wrote, what it should be, whether that is right."""
+    """An encoded picture (PNG, WebP, JPEG or GIF), what the model wrote, what it should be, whether that is right.
 
-    image: bytes
+    Without a picture, where it cannot be shown, the words alone.
+    """
+
+    image: bytes | None
     caption: str
     reference: str = ""
     correct: bool | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,50 @@ class Gallery:
     note: str = ""
 
 
-Section = Table | Curves | Gallery
+@dataclass(frozen=True)
+class Recalls:
+    """Percentages against k, one chart a name, one line a method: of `chance` too, under the names of the charts."""
+
+    title: str
+    charts: Mapping[str, Mapping[str, Sequence[Point]]]
+    chance: Mapping[str, Sequence[Point]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is asked with, or found: words, or a picture with words about it.
+
+    `right`: whether it fits the query; `place`: its number among those found; `alt`: the picture in words, where those
+    beside it do not say what it shows.
+    """
+
+    text: str
+    image: bytes | None = None
+    note: str = ""
+    right: bool | None = None
+    place: str = ""
+    alt: str = ""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A query and what was found for it, the best first."""
+
+    query: Entry
+    found: Sequence[Entry]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Queries one below the other."""
+
+    title: str
+    rows: Sequence[Match]
+    note: str = ""
+
+
+Section = Table | Curves | Gallery | Recalls | Matches
 
 
 @dataclass(frozen=True)
@@ -145,8 +194,23 @@ def _section(section: Section) -> Mapping[str, object]:
                 )
         return shared | {"header": section.header, "rows": [[_cell(cell) for cell in row] for row in section.rows]}
     if isinstance(section, Curves):
-        return shared | {"charts": [_chart(name, s, section.chance.get(name)) for name, s in section.series.items()]}
-    return shared | {"cards": [{"card": card, "source": _data_uri(card.image)} for card in section.cards]}
+        return shared | {"charts": [chart(name, s, section.chance.get(name)) for name, s in section.series.items()]}
+    if isinstance(section, Recalls):
+        return shared | {
+            "charts": [shares(name, lines, section.chance[name]) for name, lines in section.charts.items()]
+        }
+    if isinstance(section, Matches):
+        rows = [{"query": _entry(row.query), "found": [_entry(one) for one in row.found]} for row in section.rows]
+        return shared | {"rows": rows}
+    return shared | {"cards": [{"card": card, "source": _source(card.image)} for card in section.cards]}
+
+
+def _entry(entry: Entry) -> Mapping[str, object]:
+    return {"entry": entry, "source": _source(entry.image)}
+
+
+def _source(image: bytes | None) -> str:
+    return "" if image is None else _data_uri(image)
 
 
 def _cell(cell: str | Score) -> Cell:
@@ -158,7 +222,15 @@ def _cell(cell: str | Score) -> Cell:
         return {"text": "not finite", "bar": None}
     mark = None if cell.chance is None else _share(cell.chance, cell.best)
     label = text if cell.chance is None else f"{text}, chance {cell.chance:.{cell.digits}f}{cell.unit}"
-    return {"text": text, "bar": _share(cell.value, cell.best), "mark": mark, "label": label}
+    drawn: dict[str, str | Number | None] = {"text": text, "mark": mark, "label": label, "within": ""}
+    drawn["bar"] = _share(cell.value, cell.best)
+    if cell.interval is None:
+        return drawn
+    low, high = cell.interval
+    within = f"{low:.{cell.digits}f}–{high:.{cell.digits}f}"
+    start, end = _share(low, cell.best), _share(high, cell.best)
+    drawn |= {"within": within, "start": start, "wide": round(end - start, 2)}
+    return drawn | {"label": f"{label}, 95 % interval {within}"}
 
 
 def _share(value: Number, best: Number) -> float:
@@ -174,100 +246,3 @@ def _data_uri(image: bytes) -> str:
     if not kind:
         raise ValueError(f"a picture of {len(image)} bytes is no PNG, WebP, JPEG or GIF; encode it as one of them")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
-
-
-# Charts: geometry in the units of the view box.
-
-WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 36
-SMOOTH, RAW = 80, 300
-Point = tuple[Number, Number]
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values from low..high to pixels from start..end."""
-
-    low: Number
-    high: Number
-    start: Number
-    end: Number
-
-    def __call__(self, value: Number) -> float:
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
-
-    def ticks(self, about: int) -> list[tuple[float, str]]:
-        """(pixel, label) at round numbers: steps of 1, 2 or 5 times a power of ten."""
-        rough = (self.high - self.low) / about
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(step for m in (1, 2, 5, 10) if (step := m * power) >= 0.75 * rough)
-        first, last = math.ceil(self.low / step - 1e-6), math.floor(self.high / step + 1e-6)
-        digits = max(0, -math.floor(math.log10(step) + 1e-6))
-        return [
-            (self(n * step), _number(n * step) if step >= 100 else f"{n * step:.{digits}f}")
-            for n in range(first, last + 1)
-        ]
-
-
-def _chart(name: str, series: Sequence[Point], chance: Number | None) -> Mapping[str, object]:
-    """Lines, ticks and words of one series; values that are not finite are left out and counted."""
-    points = [(float(step), float(value)) for step, value in series if math.isfinite(value)]
-    shared = {"name": name, "lost": len(series) - len(points), "width": WIDTH, "height": HEIGHT, "chance": chance}
-    if not points:
-        return shared | {"line": ""}
-    values = [value for _, value in points] + ([] if chance is None else [chance])
-    x = _Axis(*_spread(points[0][0], points[-1][0]), LEFT, WIDTH - RIGHT)
-    y = _Axis(*_range(min(values), max(values)), HEIGHT - BOTTOM, TOP)
-    smooth = _means(points)
-    raw = [] if len(points) <= SMOOTH else [p for bucket in _buckets(points, RAW) for p in _extremes(bucket)]
-    return shared | {
-        "line": _polyline(smooth, x, y),
-        "raw": _polyline(raw, x, y),
-        "dot": (x(smooth[-1][0]), y(smooth[-1][1])),
-        "first": _number(smooth[0][1]),
-        "last": _number(smooth[-1][1]),
-        "chance_text": "" if chance is None else _number(chance),
-        "chance_y": None if chance is None else y(chance),
-        "x_ticks": x.ticks(5),
-        "y_ticks": y.ticks(4),
-        "box": (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
-    }
-
-
-def _range(low: Number, high: Number) -> tuple[Number, Number]:
-    """From zero when the values come near it, otherwise tight; with some air above."""
-    floor = 0.0 if 0 <= low < 0.6 * high else low - 0.05 * (high - low)
-    return _spread(floor, high + 0.06 * (high - floor))
-
-
-def _spread(low: Number, high: Number) -> tuple[Number, Number]:
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
-
-
-def _buckets(points: Sequence[Point], count: int) -> list[Sequence[Point]]:
-    edges = [at * len(points) // count for at in range(count + 1)]
-    return [points[start:stop] for start, stop in pairwise(edges) if start < stop]
-
-
-def _means(points: Sequence[Point]) -> list[Point]:
-    """At most SMOOTH points, each the mean of its neighbours; few points stay as they are."""
-    parts = _buckets(points, min(len(points), SMOOTH))
-    return [(sum(p[0] for p in part) / len(part), sum(p[1] for p in part) / len(part)) for part in parts]
-
-
-def _extremes(points: Sequence[Point]) -> list[Point]:
-    """The lowest and the highest, in order: thinning must not hide a spike."""
-    return sorted({min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])})
-
-
-def _polyline(points: Sequence[Point], x: _Axis, y: _Axis) -> str:
-    return " ".join(f"{x(step)},{y(value)}" for step, value in points)
-
-
-def _number(value: Number) -> str:
-    """Short: 1500 as 1.5k, 450, 4.85, 0.0042."""
-    if abs(value) >= 1000:
-        return f"{value / 1000:.1f}".removesuffix(".0") + "k"
-    if abs(value) >= 100 or value == 0:
-        return f"{value:.0f}"
-    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"

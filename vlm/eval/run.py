@@ -1,90 +1,149 @@
-"""`vlm evaluate`: a trained model against shards."""
+"""`vlm evaluate`: a trained model against a data set, with a record for programs and a page for people."""
 
 import json as jsonlib
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
 
-from vlm import build_data
-from vlm.data.sources import Source
-from vlm.eval.features import extract, match_pairs
-from vlm.eval.retrieval import Ranks, Summary, chance, rank_counts, rerank, summarize
+from vlm.eval.attention import attention_section
+from vlm.eval.data import EvaluationData, open_evaluation_data
+from vlm.eval.measure import intervals
+from vlm.eval.origin import data_fingerprint
+from vlm.eval.outcome import Outcome
+from vlm.eval.page import as_text, page_of
+from vlm.eval.ranking import rank
+from vlm.eval.record import REPORT, default_folder, files_fingerprint, refuse_other, versions, write
+from vlm.eval.renamed import Names, refuse_unnamed, renamed
+from vlm.eval.report import render
+from vlm.eval.tasks import TASKS, Request, chosen_tasks
+from vlm.model.weights.files import fingerprint
 from vlm.nn.backend import best_device
 from vlm.ready import open_model
-from vlm.restore import Ready
+from vlm.restore import Ready, Trained
 
-BATCH = 32  # pictures captioned together
-ANSWER = 256  # tokens of the longest answer, unless told otherwise
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def evaluate(
     model: str,
-    shards: Sequence[str],
+    asked: Request,
+    tasks: Sequence[str] = (),
+    out: Path | None = None,
+    dtype: Dtype = "float32",
+    overwrite: bool = False,
     json: bool = False,
-    caption: str | None = None,
-    k: int = 16,
     parts: Mapping[str, str] | None = None,
-) -> None:
-    """Prints recall both ways, by ITC and (if the model has the head) re-ranked by ITM.
+    command: str = "",
+    names: Names | None = None,
+) -> Path:
+    """Runs the tasks (what the model can do unless named), writes their record into `out` and prints the figures.
 
-    `model`, `parts`: as of `open_model`.
+    `model`, `parts`: as of `open_model`. `out`: see `default_folder`. `dtype`: of the computation; weights stay as they
+    are. `command`: kept in the record. `names`: prints JSON with the keys of another tool. Returns the folder.
+    ValueError: the folder holds another evaluation and `overwrite` is not set; errors of the tasks.
     """
-    result = retrieval(open_model(model, best_device(), parts), shards, caption, k)
-    print(jsonlib.dumps(result, indent=1) if json else as_text(result))
+    began = time.perf_counter()
+    folder = out or default_folder(model, asked.shards)
+    if asked.features is not None and dtype != "float32":
+        raise ValueError(f"--features keeps what float32 gives: leave --dtype {dtype} away, or --features")
+    trained = open_model(model, best_device(), parts)
+    chosen, data = chosen_tasks(trained, asked, tasks)
+    if names is not None:
+        refuse_unnamed(chosen, names)
+    record = _about(trained, data, asked, chosen, dtype)
+    refuse_other(folder, record["identity"], overwrite)
+    outcomes, seconds = {}, {}
+    for name in chosen:
+        start = time.perf_counter()
+        with _in(dtype):
+            outcomes[name] = TASKS[name].run(trained, asked)
+        seconds[name] = time.perf_counter() - start
+    found = {name: _told(outcome, asked.seed) for name, outcome in outcomes.items()}
+    looks = [] if data is None else attention_section(trained, data.source)
+    seconds["total"] = time.perf_counter() - began
+    record |= {"tasks": found, "seconds": seconds, "command": command}
+    sections = [section for outcome in outcomes.values() for section in outcome.sections]
+    html = render(page_of(record, [*sections, *looks]))
+    if names is not None:
+        print(jsonlib.dumps(renamed(record, names), indent=1))
+    else:
+        print(jsonlib.dumps({"folder": str(folder), **record}, indent=1) if json else as_text(outcomes))
+    write(folder, record, outcomes, html)  # after the figures, which a full disk must not swallow
+    if not json and names is None:
+        print(f"open {folder / REPORT}")
+    return folder
 
 
-def retrieval(trained: Ready, shards: Sequence[str], caption: str | None = None, k: int = 16) -> dict[str, Any]:
-    """Retrieval of a data set; `caption`: where its captions stand (the run's own setting unless given).
+@contextmanager
+def _in(dtype: Dtype) -> Iterator[None]:
+    if dtype == "float32":
+        yield
+        return
+    with torch.autocast(best_device().type, getattr(torch, dtype)):
+        yield
 
-    Errors: a model without a contrastive head; data without usable samples; features that are not finite.
-    """
-    model = trained.model
-    if model.contrast is None:
-        raise ValueError(f"{trained.name} was trained without itc, so it cannot rank images and texts")
-    data = trained.data
-    source = build_data.shards(data.model_copy(update={"caption": caption or data.caption}), list(shards))
-    if isinstance(source, Source):
-        print(source.about, file=sys.stderr)
-    transform = build_data.transform(trained.vision, model, source)
-    loader = build_data.evaluation_loader(data, source, transform, trained.tokenizer, trained.batch_size)
-    features = extract(model, loader, keep_tokens=model.match is not None)
-    arguments = (features.image, features.text, features.image_ids, features.text_ids)
-    found: dict[str, Any] = {"itc": summarize(rank_counts(*arguments))}
-    if model.match is not None:
 
-        def match(image: Tensor, text: Tensor) -> Tensor:
-            return match_pairs(model, features, image, text)
-
-        reranked: Ranks = rerank(*arguments, match=match, k=k)
-        found["itm"] = summarize(reranked)
+def _about(trained: Ready, data: EvaluationData | None, asked: Request, tasks: list[str], dtype: str) -> dict[str, Any]:
+    """What is known before anything is measured; `identity` is what makes two evaluations the same."""
+    weights = trained.model.state_dict()
+    model: dict[str, Any] = {"name": trained.name, "weights": fingerprint(weights, list(weights))}
+    if isinstance(trained, Trained):
+        model["step"] = trained.step
+    told = _data(data, asked)
+    settings = {
+        "tasks": tasks,
+        "caption": None if data is None else data.settings.caption,
+        "protocol": asked.protocol,
+        "labels": None if data is None else data.labels,
+        "classes": asked.classes,
+        "templates": asked.templates,
+        "rerank": asked.rerank,
+        "seed": asked.seed,
+        "dtype": dtype,
+    }
     return {
-        "retrieval": found,
-        "chance": chance(features.image_ids, features.text_ids),
-        "counts": {
-            "images": len(features.image_ids),
-            "captions": len(features.text_ids),
-            "unusable": dict(source.bad + loader.bad),
-            "rerank_k": k,
-        },
+        "identity": {"model": model["weights"], "data": told["fingerprint"], **settings},
+        "model": model,
+        "data": {"shards": list(asked.shards), **told},
+        "settings": settings,
+        "device": _device(),
+        "versions": versions(),
     }
 
 
-def as_text(result: dict[str, Any]) -> str:
-    """The recalls as a table beside chance."""
-    measures = ("R@1", "R@5", "R@10", "median_rank")
-    rows = [["", *(f"{way} {name}" for way in ("t2i", "i2t") for name in measures)]]
-    for name, summary in {**result["retrieval"], "chance": result["chance"]}.items():
-        rows.append([name, *_values(summary, measures)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    counts = result["counts"]
-    return "\n".join(
-        [*lines, f"{counts['images']} images, {counts['captions']} captions, ties count against the model"]
-    )
+def _data(data: EvaluationData | None, asked: Request) -> dict[str, Any]:
+    """What was measured on, and how `vlm compare` finds its pictures again."""
+    if data is None:
+        return {"fingerprint": files_fingerprint(asked.shards)}
+    read = data.settings.model_copy(update={"train": "", "val": None, "augment": None}).model_dump(mode="json")
+    return {"samples": len(data.source), "fingerprint": data_fingerprint(data.source), "settings": read}
 
 
-def _values(summary: Summary, measures: Sequence[str]) -> list[str]:
-    return [f"{summary[way][name]:.1f}" for way in ("t2i", "i2t") for name in measures]
+def _device() -> str:
+    device = best_device()
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+
+
+def _told(outcome: Outcome, seed: int) -> dict[str, Any]:
+    within = outcome.intervals or intervals(outcome.values, outcome.groups, seed)
+    return {
+        "metrics": dict(outcome.metrics),
+        "chance": dict(outcome.chance),
+        "intervals": {name: list(ends) for name, ends in within.items()},
+        "counts": dict(outcome.counts),
+        "protocol": dict(outcome.protocol),
+    }
+
+
+def retrieval(trained: Ready, shards: Sequence[str], caption: str | None = None, k: int = 16) -> dict[str, Any]:
+    """Recalls and ranks of a data set by method, beside chance; as of `rank`."""
+    ranked = rank(trained, open_evaluation_data(shards, trained.data, caption=caption), k)
+    return {
+        "retrieval": {way: ranked.summary(way) for way in ranked.methods},
+        "chance": ranked.chance(),
+        "counts": ranked.counts | {"rerank_k": k},
+    }

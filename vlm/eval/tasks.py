@@ -1,0 +1,77 @@
+"""What `vlm evaluate` can do, in one place: names of tasks and the functions that give their outcomes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm.eval.data import EvaluationData, open_evaluation_data
+from vlm.eval.outcome import Outcome
+from vlm.eval.ranking import retrieval_task
+from vlm.eval.zeroshot import classify
+from vlm.restore import Ready
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line; a task takes from it what concerns it."""
+
+    shards: Sequence[str]
+    caption: str | None = None  # where captions stand; the model's own setting unless given
+    protocol: str | None = None
+    rerank: int = 16
+    seed: int = 0
+    images: Path | None = None  # the folder that paths in a table or JSON file are relative to
+    features: Path | None = None  # where vectors are kept for a later run
+    labels: str | None = None  # where classes stand
+    classes: str | None = None  # a file with their names
+    templates: str | None = None  # a file with prompts
+
+    def open(self, trained: Ready) -> EvaluationData:
+        """The data, read as the model's own unless said otherwise."""
+        return open_evaluation_data(self.shards, trained.data, self.protocol, self.caption, self.labels, self.images)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A function that gives an outcome; `questions`: its data is a file of questions, not a source of pictures."""
+
+    run: Callable[[Ready, Request], Outcome]
+    questions: bool = False
+
+
+TASKS: Mapping[str, Task] = {
+    "retrieval": Task(lambda t, r: retrieval_task(t, r.open(t), r.rerank, r.seed, r.features)),
+    "classification": Task(lambda t, r: classify(t, r.shards, r.labels, r.classes, r.templates, r.images, r.features)),
+}
+
+
+def chosen_tasks(trained: Ready, asked: Request, named: Sequence[str]) -> tuple[list[str], EvaluationData | None]:
+    """The tasks, what the model can do unless named, and their data; None: it is a file of questions.
+
+    ValueError: tasks on questions beside others; nothing that the model can do; data that cannot be opened.
+    """
+    names = list(dict.fromkeys(named))
+    on_questions = [name for name in names if TASKS[name].questions]
+    if on_questions and on_questions != names:
+        others = ", ".join(name for name in names if name not in on_questions)
+        raise ValueError(f"--task {on_questions[0]} is on a file of questions, and {others} on pictures: one at a time")
+    if on_questions:
+        return names, None
+    data = asked.open(trained)
+    return names or default_tasks(trained, data), data
+
+
+def default_tasks(trained: Ready, data: EvaluationData) -> list[str]:
+    """What the model can do: classification where the data has classes; else retrieval, and captions if it writes.
+
+    ValueError: nothing.
+    """
+    contrasts = trained.model.contrast is not None
+    if data.labels is not None:
+        can = {"classification": contrasts}
+    else:
+        can = {"retrieval": contrasts, "captions": trained.writes}
+    found = [name for name in TASKS if can.get(name)]
+    if not found:
+        raise ValueError(f"{trained.name} was trained without itc, so it cannot rank images and texts")
+    return found

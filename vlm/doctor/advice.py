@@ -166,7 +166,7 @@ def limits(facts: Facts) -> Iterator[Advice]:
 def busy(facts: Facts) -> Iterator[Advice]:
     """Others compute here, so what was measured is less than the machine can do."""
     load, usable = facts.machine.load, facts.machine.usable
-    if load is not None and load > (1 + BUSY) * usable:
+    if facts.rates and load is not None and load > (1 + BUSY) * usable:
         what = f"{load:.1f} processes compete for {usable} cores: the rates above are too low"
         yield Advice("note", what, "measure again when the machine is quiet")
 

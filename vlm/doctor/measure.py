@@ -48,7 +48,7 @@ def product(
     a, b = left.to(device, dtype), right.to(device, dtype)
     with context(), torch.inference_mode():
         little = a[:SMALL, :SMALL].contiguous()
-        if side > SMALL and median_seconds(lambda: _finished(little @ little), 0) > SLOW:
+        if side > SMALL and median_seconds(lambda: _finished(little @ little), 0.0) > SLOW:
             return product(device, kind, SMALL, seconds, dtype, context)
         found = _finished(a @ b)[:EXACT_ROWS].double().cpu()
         once = median_seconds(lambda: _finished(a @ b), seconds)

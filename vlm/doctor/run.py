@@ -87,7 +87,7 @@ def _measured(facts: Facts) -> Facts:
 
     cpu, best = torch.device("cpu"), best_device()
     console = Console(stderr=True)
-    with console.status("measuring") if console.is_terminal else nullcontext():
+    with console.status("measuring", refresh_per_second=1) if console.is_terminal else nullcontext():
         rates = [*products(cpu), *(products(best) if best.type != "cpu" else ())]
         usable = facts.pictures is not None and facts.pictures.jpeg
         return replace(facts, rates=tuple(rates), decoding=decoding() if usable else None)
@@ -168,7 +168,9 @@ def _show(console: Console, title: str, rows: Rows) -> None:
     if not rows:
         return
     if console.is_terminal:
-        table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+        )
         for row in rows:
             table.add_row(Text(row[0], style=COLOURS.get(row[0], "")), *map(Text, row[1:]))
         console.print(table, "")

@@ -160,7 +160,13 @@ def evaluate(
 @click.argument("out", type=folder)
 @part_option
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights; unchanged.")
-@click.option("--shard-gb", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True)
+@click.option(
+    "--shard-gb",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Largest file of weights.",
+)
 @click.option("--adapters", is_flag=True, help="Only the adapters of a run (LoRA), as peft's folder.")
 @overwrite_option
 def export(
@@ -231,7 +237,7 @@ def completion(shell: str) -> None:
 
     found = get_completion_class(shell)
     assert found is not None, shell
-    click.echo(found(app, {}, "vlm", "_VLM_COMPLETE").source())
+    click.echo(found(app, {}, "vlm", "_VLM_COMPLETE").source(), nl=False)
 
 
 app.add_command(shards)

@@ -40,7 +40,7 @@ def shards() -> None:
 @click.option("--caption-key", metavar="NAME", help="Column, or field of the json beside a picture, with the captions.")
 @click.option("--id-key", metavar="NAME", help="Column or json field, equal where the same picture is shown.")
 @click.option("--split", metavar="NAMES", help="Splits of Karpathy's JSON, such as train,restval.")
-@click.option("--samples-per-shard", type=int, default=10_000, show_default=True)
+@click.option("--samples-per-shard", type=int, default=10_000, show_default=True, help="At most.")
 @click.option("--max-mb", type=int, default=1000, show_default=True, help="Largest shard, in MiB.")
 @click.option("--size", type=int, help="Shrink pictures to this shorter side; they become JPEG.")
 @click.option("--quality", type=int, help="Re-encode all pictures as JPEG of this quality; 95 for those shrunk if not.")

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.test_imports import HEAVY
+from tests.verbs import find, verbs
 
 ROOT = Path(__file__).parent.parent
 SHELLS = ("bash", "zsh", "fish")
@@ -80,6 +82,14 @@ def test_what_is_completed(shell: str) -> None:
 )
 def test_paths_are_left_to_the_shell(shell: str, words: tuple[str, ...], kind: str) -> None:
     assert complete(shell, *words) == [(kind, words[-1])]
+
+
+def test_what_is_called_a_file_is_completed_as_one() -> None:
+    """Parameters whose help says FILE, of any verb; none is left to folders alone."""
+    asked = [(verb, one) for verb in verbs() for one in find(verb.split())[0].params if one.metavar == "FILE"]
+    for verb, one in asked:
+        (item,) = one.type.shell_complete(click.Context(find(verb.split())[0]), one, "")
+        assert item.type == "file", f"{verb} {one.opts}"
 
 
 def test_completing_runs_nothing() -> None:

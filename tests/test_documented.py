@@ -58,7 +58,11 @@ def few(words: list[str]) -> list[str]:
 def clear(words: list[str], folder: Path) -> None:
     """What the command is going to write is not there yet, though others were given it."""
     out = parse(shlex.join(words)).params.get("out")
-    path = folder / (out or Path("runs", Path(words[1]).stem))
+    if out is None and words[0] == "train":
+        out = Path("runs", Path(words[1]).stem)
+    if out is None:
+        return
+    path = folder / out
     if path.is_symlink():
         path.unlink()
     elif path.is_dir():
@@ -69,6 +73,8 @@ def run(command: str, folder: Path, vlm: Commands) -> list[Done]:
     """As it stands but for SMALLER and for fewer steps; of several processes, each."""
     for large, small in SMALLER.items():
         command = command.replace(large, small)
+    if command.startswith("eval ") or " > " in command:
+        return [in_bash(command, folder)]
     words = shlex.split(command)
     if words[0] == "vlm":
         clear(words[1:], folder)
@@ -81,12 +87,23 @@ def run(command: str, folder: Path, vlm: Commands) -> list[Done]:
     return [Done(done.returncode, done.stdout, done.stderr)]
 
 
+def in_bash(command: str, folder: Path) -> Done:
+    """What a shell has to take apart, at home in `folder`."""
+    program = folder / "bin" / "vlm"
+    for place in (program.parent, folder / ".zfunc", folder / ".config" / "fish" / "completions"):
+        place.mkdir(parents=True, exist_ok=True)
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vlm "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    own = {"HOME": str(folder), "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    shell = ["bash", "--norc", "-ec", command]
+    done = subprocess.run(shell, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
 def torchrun(words: list[str], folder: Path, vlm: Commands) -> list[Done]:
     """Its processes as it would start them (tests/train/test_engine.py starts torchrun itself)."""
     own, inner = words[: words.index("-m")], words[words.index("-m") + 2 :]
-    numbers = {
-        name: int(value) for name, value in pairwise(own) if name in ("--nnodes", "--nproc-per-node")
-    }
+    numbers = {name: int(value) for name, value in pairwise(own) if name in ("--nnodes", "--nproc-per-node")}
     machines = numbers.get("--nnodes", 1)
     clear(inner, folder)
     return vlm.together(machines * numbers["--nproc-per-node"], *few(inner), folder=folder, machines=machines)

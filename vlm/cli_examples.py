@@ -54,6 +54,29 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ),
         Example("vlm evaluate captions.csv --model runs/mine --json", "The figures for a program."),
     ),
+    "compare": (
+        Example("vlm compare runs/evaluate/before runs/evaluate/after", "Which is better, and is it more than chance?"),
+        Example("vlm compare before after --json", "The differences for a program."),
+    ),
+    "index": (
+        Example("vlm index photos/ photos.index --model runs/mine", "Encode a folder, once."),
+        Example("vlm index photos.index", "Later: only what is new or has changed; what is gone goes."),
+    ),
+    "search": (
+        Example('vlm search photos.index "a red bicycle"', "The ten nearest paths, best first."),
+        Example("vlm search photos.index --image photo.jpg --top 3 --json", "Pictures like this one, with scores."),
+        Example(
+            "vlm search photos.index snow -0 | xargs -0 -I{} cp {} snowy/",
+            "Do something with each, whatever is in its name.",
+        ),
+    ),
+    "score": (
+        Example("vlm score results.json captions_val2014.json", "COCO's result file beside its annotations."),
+        Example(
+            "vlm score results.json captions.json -m runs/mine --images val2014",
+            "With CLIPScore by an encoder of yours.",
+        ),
+    ),
     "export": (
         Example("vlm export runs/mine exported", "A folder that transformers opens."),
         Example("vlm export runs/mine half --dtype bfloat16 --shard-gb 2", "In half the bytes, in smaller files."),
@@ -129,5 +152,6 @@ EXIT: dict[str, dict[int, str]] = {
     },
     "caption": {1: "Some pictures could not be read; the others are captioned."},
     "doctor": {0: "Healthy, if perhaps slower than it could be.", 1: "Something is wrong; it says what to do."},
+    "index": {1: "Some pictures cannot be read; the others are in it."},
     "shards check": {0: "Healthy.", 1: "Too many samples are unusable."},
 }

@@ -33,12 +33,12 @@ def doctor(json: bool = False, quick: bool = False) -> bool:
     healthy = not any(one.level == "wrong" for one in advice)
     if json:
         found = {**asdict(facts), "advice": [asdict(one) for one in advice], "healthy": healthy}
-        print(jsonlib.dumps(found, indent=1, ensure_ascii=False))
+        print(jsonlib.dumps(found, indent=1, ensure_ascii=False), flush=True)
         return healthy
     _show(console, "advice", [(one.level, f"{one.what} → {one.remedy}") for one in advice])
     wrong = sum(one.level == "wrong" for one in advice)
     slow = sum(one.level == "slow" for one in advice)
-    print(_verdict(wrong, slow))
+    print(_verdict(wrong, slow), flush=True)
     return healthy
 
 

@@ -53,7 +53,6 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.features
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.load
-	$(BIN)/python -m tests.bench.help
 
 language-models: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.language_models

@@ -87,6 +87,7 @@ def test_paths_are_left_to_the_shell(shell: str, words: tuple[str, ...], kind: s
 def test_what_is_called_a_file_is_completed_as_one() -> None:
     """Parameters whose help says FILE, of any verb; none is left to folders alone."""
     asked = [(verb, one) for verb in verbs() for one in find(verb.split())[0].params if one.metavar == "FILE"]
+    assert asked
     for verb, one in asked:
         (item,) = one.type.shell_complete(click.Context(find(verb.split())[0]), one, "")
         assert item.type == "file", f"{verb} {one.opts}"

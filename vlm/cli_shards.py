@@ -145,7 +145,9 @@ def check_shards(shards: tuple[str, ...], **options: Any) -> None:
 @shards.command("preview")
 @click.argument("shards", nargs=-1, required=True, type=source, metavar="SHARDS...")
 @click.option("--config", type=file, help="A config or run folder: shows tokens and what is supervised.")
-@click.option("--out", type=file, default="sheet.png", show_default=True, help="The contact sheet, .png or .jpg.")
+@click.option(
+    "--out", type=file, default="sheet.png", show_default=True, metavar="FILE", help="The contact sheet, .png or .jpg."
+)
 @click.option("--count", type=click.IntRange(1), default=12, show_default=True, help="Pictures on the sheet.")
 @click.option("--texts", type=click.IntRange(0), default=3, show_default=True, help="Samples printed token by token.")
 @pipe_option

@@ -1,5 +1,6 @@
 """How long help takes: `vlm --help` and the help of its verbs beside open_clip's training script.
 
+    pip install 'open_clip_torch[training]'
     python -m tests.bench.help [--rounds 7]
 
 Each figure is of a process of its own,.

@@ -163,7 +163,7 @@ def test_commands_in_sentences_are_of_verbs_and_options_that_exist(page: str, co
         assert (ROOT / Path(*words[2].split(".")).with_suffix(".py")).is_file(), command
         return
     verb, _ = find(words[1:])
-    known = {option for parameter in verb.params for option in parameter.opts}
+    known = {"--help"} | {option for parameter in verb.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known, command
 
 

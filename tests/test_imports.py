@@ -37,6 +37,7 @@ LIGHT = {
     "--version": ["--version"],
     "verb help": ["train", "--help"],
     "verb of a group": ["shards", "write", "--help"],
+    "completion": ["completion", "fish"],
     "wrong verb": ["trian"],
     "wrong option": ["train", "x.yaml", "--stps=3"],
 }

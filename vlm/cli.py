@@ -13,6 +13,7 @@ import click
 
 from vlm import __version__
 from vlm.cli_evaluate import compare, evaluate
+from vlm.cli_help import Verb, Verbs
 from vlm.cli_options import (
     config_argument,
     folder,
@@ -21,13 +22,14 @@ from vlm.cli_options import (
     overrides_argument,
     overwrite_option,
     part_option,
+    source,
 )
 from vlm.cli_shards import pipe_option, shards
 
 
 @click.group(
+    cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="VLM_TRACEBACK=1 shows where in the code an error arose.",
 )
 @click.version_option(__version__, message="vlm %(version)s")
 def app() -> None:
@@ -49,7 +51,7 @@ def quickstart(overrides: tuple[str, ...], out: Path, overwrite: bool) -> None:
     run(out, overwrite=overwrite, overrides=overrides)
 
 
-class _TrainCommand(click.Command):
+class _TrainCommand(Verb):
     """Takes `--resume` with or without `auto` after it: click alone would take any word there for its value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -104,7 +106,7 @@ def train(
 
 
 @app.command()
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("images", nargs=-1, required=True, type=source, metavar="IMAGE...")
 @model_option
 @part_option
 @json_option
@@ -134,11 +136,17 @@ def caption(
 
 
 @app.command()
-@click.argument("model")
+@click.argument("model", type=source)
 @click.argument("out", type=folder)
 @part_option
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the weights; unchanged.")
-@click.option("--shard-gb", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True)
+@click.option(
+    "--shard-gb",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Largest file of weights.",
+)
 @click.option("--adapters", is_flag=True, help="Only the adapters of a run (LoRA), as peft's folder.")
 @overwrite_option
 def export(
@@ -182,6 +190,34 @@ def models(json: bool) -> None:
         click.echo(dumps(as_json(), indent=1))
     else:
         show(as_table())
+
+
+@app.command()
+@json_option
+@click.option("--quick", is_flag=True, help="Versions and devices only: nothing is measured.")
+def doctor(json: bool, quick: bool) -> None:
+    """Look at what is installed and how fast it computes here, and say what to do.
+
+    Versions beside those that are needed, what each extra gives, devices, measured rates of matrix products and of
+    decoding, the environment variables that are read; then what is wrong and what is slow, each with its remedy.
+    """
+    from vlm.doctor.run import doctor as run
+
+    sys.exit(not run(json=json, quick=quick))
+
+
+@app.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what teaches a shell to complete verbs, options, choices and paths.
+
+    It asks vlm at each press of the tab key, which takes a tenth of a second.
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None, shell
+    click.echo(found(app, {}, "vlm", "_VLM_COMPLETE").source(), nl=False)
 
 
 for command in (evaluate, compare, shards):

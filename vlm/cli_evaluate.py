@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
-from vlm.cli_options import folder, json_option, model_option, overwrite_option, part_option
+from vlm.cli_help import Verb
+from vlm.cli_options import folder, json_option, model_option, overwrite_option, part_option, source
 from vlm.cli_shards import pipe_option
 from vlm.eval.protocol import PROTOCOLS
 
 TASKS = ("retrieval", "classification")  # those of vlm.eval.tasks, which costs a torch to import
 
 
-@click.command()
-@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
+@click.command(cls=Verb)
+@click.argument("shards", nargs=-1, required=True, type=source, metavar="SHARDS...")
 @model_option
 @part_option
 @click.option(
@@ -34,8 +35,10 @@ TASKS = ("retrieval", "classification")  # those of vlm.eval.tasks, which costs 
 )
 @click.option("--images", type=folder, help="The folder that paths in a table or JSON file are relative to.")
 @click.option("--labels", metavar="WHERE", help="Where classes stand, such as json:group, for classification.")
-@click.option("--classes", metavar="FILE", help="Their names, a line each.")
-@click.option("--templates", metavar="FILE", help="Prompts with {c} where a class goes, a line each, or JSON.")
+@click.option("--classes", type=source, metavar="FILE", help="Their names, a line each.")
+@click.option(
+    "--templates", type=source, metavar="FILE", help="Prompts with {c} where a class goes, a line each, or JSON."
+)
 @click.option("--features", type=folder, help="A folder that keeps vectors: a later run takes what is there.")
 @click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' draws.")
@@ -102,7 +105,7 @@ def evaluate(
     )
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("first", type=folder)
 @click.argument("second", type=folder)
 @click.option("--out", type=folder, help="Where the page goes; runs/compare/ and the names of both unless given.")

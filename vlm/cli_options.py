@@ -1,16 +1,18 @@
 """Options that several verbs share."""
 
-from pathlib import Path
-
 import click
 
-folder = click.Path(path_type=Path)
-config_argument = click.argument("config", type=folder)
+from vlm.cli_help import File, Folder
+
+file, folder = File(), Folder()
+source = File(str)  # a path, an address, a pattern, a name on the hub
+config_argument = click.argument("config", type=file)
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 model_option = click.option(
     "--model",
     "-m",
     required=True,
+    type=source,
     metavar="MODEL",
     help="The folder of a finished run, a published checkpoint (a folder or a file), or OWNER/NAME[@REVISION] of the "
     "Hugging Face hub.",

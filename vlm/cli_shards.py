@@ -5,12 +5,14 @@ from typing import Any
 
 import click
 
-folder = click.Path(path_type=Path)
+from vlm.cli_help import Verbs
+from vlm.cli_options import config_argument, file, folder, json_option, overrides_argument, source
+
 FEATURE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def _allow_pipes(context: click.Context, option: click.Parameter, given: bool) -> None:
-    if given:
+    if given and not context.resilient_parsing:  # completing runs nothing
         from vlm.data.remote import allow_pipes
 
         context.with_resource(allow_pipes())
@@ -25,20 +27,20 @@ pipe_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Verbs)
 def shards() -> None:
     """Write, check and look at data sets of pictures and captions."""
 
 
 @shards.command()
-@click.argument("source", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("source", nargs=-1, required=True, type=source, metavar="SOURCE...")
 @click.argument("out", type=folder)
 @click.option("--images", type=folder, help="Folder that the paths of pictures are relative to; the file's own if not.")
 @click.option("--image-key", metavar="NAME", help="Column with the picture; of tars and folders its suffixes: jpg;png.")
 @click.option("--caption-key", metavar="NAME", help="Column, or field of the json beside a picture, with the captions.")
 @click.option("--id-key", metavar="NAME", help="Column or json field, equal where the same picture is shown.")
 @click.option("--split", metavar="NAMES", help="Splits of Karpathy's JSON, such as train,restval.")
-@click.option("--samples-per-shard", type=int, default=10_000, show_default=True)
+@click.option("--samples-per-shard", type=int, default=10_000, show_default=True, help="At most.")
 @click.option("--max-mb", type=int, default=1000, show_default=True, help="Largest shard, in MiB.")
 @click.option("--size", type=int, help="Shrink pictures to this shorter side; they become JPEG.")
 @click.option("--quality", type=int, help="Re-encode all pictures as JPEG of this quality; 95 for those shrunk if not.")
@@ -49,7 +51,7 @@ def shards() -> None:
 )
 @click.option("--talks", is_flag=True, help="SOURCE is tars of conversations; in JSON and tables they are recognised.")
 @click.option("--overwrite", is_flag=True, help="Replace the shards that OUT holds.")
-@click.option("--json", is_flag=True, help="Print JSON.")
+@json_option
 @pipe_option
 def write(
     source: tuple[str, ...],
@@ -98,9 +100,9 @@ def write(
 
 
 @shards.command()
-@click.argument("config", type=folder)
+@config_argument
 @click.argument("out", type=folder)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@overrides_argument
 @click.option(
     "--dtype", type=click.Choice(FEATURE_DTYPES), default="float16", show_default=True, help="What is stored."
 )
@@ -118,17 +120,17 @@ def features(config: Path, out: Path, overrides: tuple[str, ...], dtype: str, wo
 
 
 @shards.command("check")
-@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
-@click.option("--config", type=folder, help="A config or run folder: its suffixes, template, tokenizer and limits.")
+@click.argument("shards", nargs=-1, required=True, type=source, metavar="SHARDS...")
+@click.option("--config", type=file, help="A config or run folder: its suffixes, template, tokenizer and limits.")
 @click.option("--image", help="Suffixes of the pictures, such as jpg;png.")
 @click.option("--caption", help="Where the captions stand, such as json:caption.")
 @click.option("--min-side", type=click.IntRange(1), default=1, help="Shortest side of a picture, in pixels.")
-@click.option("--tokenizer", type=folder, help="A tokenizer, folder or file; counts captions above --max-tokens.")
+@click.option("--tokenizer", type=file, help="A tokenizer, folder or file; counts captions above --max-tokens.")
 @click.option("--max-tokens", type=click.IntRange(3), help="Longest text, with its start and end.")
 @click.option("--max-bad-fraction", type=click.FloatRange(0, 1), help="Exit with 1 above this share; as in training.")
 @click.option("--talks", is_flag=True, help="Conversations, as with data.kind=chats of a config.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes beside this one.")
-@click.option("--json", is_flag=True, help="Print JSON.")
+@json_option
 @pipe_option
 def check_shards(shards: tuple[str, ...], **options: Any) -> None:
     """Count what is wrong with the samples.
@@ -141,9 +143,11 @@ def check_shards(shards: tuple[str, ...], **options: Any) -> None:
 
 
 @shards.command("preview")
-@click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
-@click.option("--config", type=folder, help="A config or run folder: shows tokens and what is supervised.")
-@click.option("--out", type=folder, default="sheet.png", show_default=True, help="The contact sheet, .png or .jpg.")
+@click.argument("shards", nargs=-1, required=True, type=source, metavar="SHARDS...")
+@click.option("--config", type=file, help="A config or run folder: shows tokens and what is supervised.")
+@click.option(
+    "--out", type=file, default="sheet.png", show_default=True, metavar="FILE", help="The contact sheet, .png or .jpg."
+)
 @click.option("--count", type=click.IntRange(1), default=12, show_default=True, help="Pictures on the sheet.")
 @click.option("--texts", type=click.IntRange(0), default=3, show_default=True, help="Samples printed token by token.")
 @pipe_option

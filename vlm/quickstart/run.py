@@ -69,6 +69,8 @@ def quickstart(out: Path, overwrite: bool = False, overrides: Sequence[str] = ()
 
 
 def _clear(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise ValueError(f"--out: {out} is a file")
     names = [*STAGES, "metrics.json", "report.html"]
     held = [name for name in names if (out / name).exists()]
     if held and not overwrite:

@@ -20,7 +20,8 @@ from vlm.config import schema
 from vlm.config.load import load
 from vlm.data.image import decode
 from vlm.data.shards import Shards
-from vlm.eval.caption import cider_d, exact, identical, mean_words
+from vlm.eval.caption import exact, identical, mean_words
+from vlm.eval.cider import cider_d
 from vlm.eval.report import Card, Curves, Gallery, Page, Table, retrieval_tables, write_page
 from vlm.eval.run import retrieval
 from vlm.model.generate import Sampling

@@ -21,6 +21,7 @@ from vlm.cli_options import (
     overwrite_option,
     part_option,
 )
+from vlm.cli_score import score
 from vlm.cli_shards import pipe_option, shards
 
 
@@ -204,6 +205,7 @@ def models(json: bool) -> None:
         show(as_table())
 
 
+app.add_command(score)
 app.add_command(shards)
 
 

@@ -20,7 +20,8 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 HERE = Path(__file__).parent
 OUT = HERE / "golden_captions.json"
-FILL = "a man the dog is on standing with two red bus near at of and in white The A It People Two".split()
+FILL = ["a", "man", "the", "dog", "is", "on", "standing", "with", "two", "red", "bus", "near", "at", "of"]
+FILL += ["and", "in", "white", "The", "A", "It", "People", "Two"]
 ENDS = ["", "", ".", ".", "!", "?", " .", '."', ".'", "..."]
 
 
@@ -49,9 +50,16 @@ def samples() -> list[tuple[str, list[str]]]:
     older = json.loads((HERE / "golden_cider.json").read_text(encoding="utf-8"))["samples"]
     found = [(sample["candidate"], sample["references"]) for sample in older]
     chooser = random.Random(1)
-    subjects = "a small dog|two men|a red bus|three old women|the white cat|a boy in a blue shirt".split("|")
-    places = "on the beach|in a busy street|next to a table|under a tree.|near the water|on a train's roof".split("|")
-    actions = "is running|are sitting down|stands|is parked|looks at a bird|holds a cup of tea".split("|")
+    subjects = ["a small dog", "two men", "a red bus", "three old women", "the white cat", "a boy in a blue shirt"]
+    places = [
+        "on the beach",
+        "in a busy street",
+        "next to a table",
+        "under a tree.",
+        "near the water",
+        "on a train's roof",
+    ]
+    actions = ["is running", "are sitting down", "stands", "is parked", "looks at a bird", "holds a cup of tea"]
 
     def sentence() -> str:
         parts = [chooser.choice(subjects), chooser.choice(actions), chooser.choice(places)]

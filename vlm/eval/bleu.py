@@ -31,7 +31,7 @@ def bleu(counted: Counted) -> Bleu:
     return Bleu(together, _score(correct, guessed, lengths))
 
 
-def _most(counted: Counted) -> Ints:
+def _most(counted: Counted) -> Floats:
     """How often the reference that has it most often has each n-gram of the candidates."""
     key = counted.key(counted.references)
     order = np.argsort(key, kind="stable")

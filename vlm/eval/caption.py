@@ -1,4 +1,4 @@
-"""What captions are like, with or without references: exact names, lengths, repetition, vocabulary, signs of collapse."""
+"""What captions are like apart from references: exact names, lengths, repetition, vocabulary, signs of collapse."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

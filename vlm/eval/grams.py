@@ -6,7 +6,6 @@ Letters: T texts, K distinct n-grams of all texts, E entries (an n-gram of a tex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,6 @@ MAX_N = 4
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Words = Sequence[str]
-Number = TypeVar("Number", np.int64, np.float64)
 
 
 @dataclass(frozen=True)
@@ -108,16 +106,15 @@ def _grams(words: Words, length: Ints) -> tuple[Grams, Ints]:
     return grams, np.concatenate(firsts)
 
 
-def per_text(place: Ints, values: npt.NDArray[np.generic], texts: int) -> Floats:
+def per_text(place: Ints, values: Ints | Floats, texts: int) -> Floats:
     """Sums of entries' values by text and order, T MAX_N."""
-    sums: Floats = np.bincount(place, values, texts * MAX_N).reshape(texts, MAX_N)
-    return sums
+    return np.bincount(place, values, texts * MAX_N).astype(np.float64).reshape(texts, MAX_N)
 
 
-def at_keys(keys: Ints, values: npt.NDArray[Number], wanted: Ints) -> npt.NDArray[Number]:
+def at_keys(keys: Ints, values: Ints | Floats, wanted: Ints) -> Floats:
     """Values by ascending keys, 0 where a wanted key is not there."""
     if not len(keys):
-        return np.zeros(len(wanted), values.dtype)
+        return np.zeros(len(wanted))
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    found: npt.NDArray[Number] = np.where(keys[place] == wanted, values[place], 0)
+    found: Floats = np.where(keys[place] == wanted, values[place], 0.0)
     return found

@@ -27,12 +27,12 @@ _SPELLING = {"£": "#", "€": "$", "¢": "cents", "…": "...", "&amp;": "&", "
 _SPELLING |= dict.fromkeys("“”«»‹›‘’", "'") | dict.fromkeys("–—―‐", "--") | {"&quot;": '"', "&apos;": "'"}
 
 _ALWAYS = """
-    adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros calif capt cf cie
-    cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen
-    gov govs hon inc ind insp intl jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme
-    mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs pte pty ptys pvt rd rep
-    reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys tel tenn thu thurs treas tue tues univ va
-    vs vt wed wis wisc wm wyo"""
+    adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros calif capt
+    cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla
+    fri ft ga gen gov govs hon inc ind insp intl jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg
+    mich minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres prof profs
+    pte pty ptys pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys tel tenn thu
+    thurs treas tue tues univ va vs vt wed wis wisc wm wyo"""
 _CAPITAL = "ark az del ill la mass miss ore pa tex wash"  # words as well, where they are small
 _NUMBERED = "art ca fig figs no nos op pp prop"
 # A sentence begins after "letter A." where one of these follows.

@@ -73,14 +73,11 @@ def _vqa(path: Path, found: Entry, annotations: Path | None) -> list[Question]:
 
 def _annotation(path: Path, entry: Entry, question: Entry) -> Question:
     listed = entry.get("answers")
-    people = (
-        [text_of(one, "answer", path) for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    )
+    given = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    people = _needed(path, [text_of(one, "answer", path) for one in given], entry)
     image = str(entry.get("image_id", question.get("image_id", "")))
     text = str(question.get("question", ""))
-    return Question(
-        _id(path, entry), image, text, _needed(path, people, entry), [], kind=str(entry.get("answer_type", ""))
-    )
+    return Question(_id(path, entry), image, text, people, [], kind=str(entry.get("answer_type", "")))
 
 
 def _line(path: Path, number: int, entry: Entry) -> Question:
@@ -116,7 +113,8 @@ def _right(path: Path, entry: Entry, choices: list[str]) -> int:
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
     raise ValueError(
-        f"{path}: answer {answer!r} is none of the choices, nor the place of one (0 to {len(choices) - 1}), in {entry!r:.80}"
+        f"{path}: answer {answer!r} is none of the choices, nor the place of one (0 to {len(choices) - 1}): "
+        f"{entry!r:.80}"
     )
 
 

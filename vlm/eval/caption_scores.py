@@ -56,15 +56,15 @@ def score_captions(
     each = {f"bleu_{n + 1}": found.each[:, n].tolist() for n in range(MAX_N)}
     each["rouge_l"] = [rouge_l(text, group) for text, group in zip(words, groups, strict=True)]
     each["cider_d"] = each_cider_d(counted, fixed).tolist()
+    together = {f"bleu_{n + 1}": float(found.together[n]) for n in range(MAX_N)}
     notes = [ONE_IMAGE] if len(captions) == 1 and fixed is None else []
     for name in NAMES:
         reason = missing(name) if java else f"{NAMES[name]} was not asked for"
         if reason is None:
-            each[name] = java_scores(name, words, groups)
+            together[name], each[name] = java_scores(name, words, groups)
         else:
             notes.append(reason)
     means = {name: sum(values) / len(values) for name, values in each.items()}
-    together = {f"bleu_{n + 1}": float(found.together[n]) for n in range(MAX_N)}
     metrics = {name: (means | together).get(name) for name in COCO}
     flat = [text for group in groups for text in group]
     return CaptionScores(metrics, each, statistics(words, cut), statistics(flat), notes)

@@ -160,6 +160,5 @@ def objects(found: Any, name: str) -> list[Entry]:
 def some(numbers: Sequence[Any], what: str = "image") -> str:
     """Things in words: one by its id, several by their number and the first ids."""
     named = ", ".join(map(str, numbers[:SHOWN]))
-    return (
-        f"{what} {named}" if len(numbers) == 1 else f"{len(numbers)} {what}s ({named}{', …' * (len(numbers) > SHOWN)})"
-    )
+    more = ", …" if len(numbers) > SHOWN else ""
+    return f"{what} {named}" if len(numbers) == 1 else f"{len(numbers)} {what}s ({named}{more})"

@@ -29,15 +29,17 @@ def missing(name: str) -> str | None:
     return None
 
 
-def java_scores(name: str, candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
-    """The metric of each candidate, 0 to 1. OSError: the program failed."""
+def java_scores(
+    name: str, candidates: Sequence[Words], references: Sequence[Sequence[Words]]
+) -> tuple[float, list[float]]:
+    """The metric of all candidates together and of each, 0 to 1; METEOR's of all is not the mean of each."""
     module = importlib.import_module(f"pycocoevalcap.{name}.{name}")
     given = {number: [" ".join(words)] for number, words in enumerate(candidates)}
     wanted = {number: [" ".join(words) for words in group] for number, group in enumerate(references)}
     with contextlib.redirect_stdout(sys.stderr):
         scorer = getattr(module, name.capitalize())()
-        _, each = scorer.compute_score(wanted, given)
-    return [_plain(score) for score in each]
+        together, each = scorer.compute_score(wanted, given)
+    return float(together), [_plain(score) for score in each]
 
 
 def _plain(score: Any) -> float:

@@ -1,6 +1,6 @@
 """Scores of short answers: VQA accuracy with the official normalisation, exact match, ANLS.
 
-VQA: Antol et al. 2015 (arXiv 1505.00468) and the evaluation code published with it: an answer is as right as min(1, n/3)
+VQA: Antol et al. 2015 (arXiv 1505.00468) and the evaluation code published with it: an answer is right to min(1, n / 3)
 for the n people who gave it, mean over all ways to leave one of them out. ANLS: Biten et al. 2019 (arXiv 1905.13648).
 """
 
@@ -16,18 +16,19 @@ _NUMBERS = {"none": "0", "zero": "0"} | {
     for number, word in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 1)
 }
 _SHORT = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-    how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
-    oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-    where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
-    y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
+    why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+    you've"""
 
 
 def _contractions() -> dict[str, str]:
     """Each contraction by what is left when one of its apostrophes is forgotten."""
-    found = {}
+    found: dict[str, str] = {}
     for word in _SHORT.split():
         found |= {word[:at] + word[at + 1 :]: word for at, letter in enumerate(word) if letter == "'"}
     return found | {"somebody'd": "somebodyd"}  # the official table has this one the other way round
@@ -40,7 +41,7 @@ _COMMA = re.compile(r"\d,\d")
 
 
 def normal(answer: str) -> str:
-    """An answer as the official code compares it: no punctuation, no articles, digits, apostrophes where they belong."""
+    """An answer as the official code compares it: without punctuation and articles, with digits and apostrophes."""
     text = found = tidy(answer)
     commas = _COMMA.search(text) is not None
     for sign in _PUNCTUATION:
@@ -77,7 +78,7 @@ def exact_answer(answer: str, people: Sequence[str]) -> bool:
 
 
 def anls(answer: str, people: Sequence[str]) -> float:
-    """Likeness by letters, 0 to 1, to the answer it is most like; below one half it is 0. ValueError: no answer given."""
+    """Likeness by letters, 0 to 1, to the answer it is most like; 0 below one half. ValueError: nobody has answered."""
     if not people:
         raise ValueError("anls: there is no answer to compare with")
     best = max(_likeness(" ".join(answer.lower().split()), " ".join(other.lower().split())) for other in people)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,42 +65,57 @@ def answers(
         folder.name(question)
     decoding = usual_decoding(ready, question=True) if decoding is None else decoding
     said, bad = _ask(ready, asked, folder, decoding, seed)
-    open_ones, chosen = [one for one in said if not one.question.choices], [one for one in said if one.question.choices]
-    metrics, chance, values, groups = (
-        dict[str, float](),
-        dict[str, float](),
-        dict[str, Tensor](),
-        dict[str, list[str]](),
-    )
-    by_kind = {}
-    if open_ones:
-        scores = score_answers([one.text for one in open_ones], [one.question for one in open_ones])
-        always = most_frequent([one.question for one in open_ones])
-        metrics |= scores.metrics
-        chance |= score_answers([always] * len(open_ones), [one.question for one in open_ones]).metrics
-        by_kind = scores.by_kind
-        for name, each in scores.each.items():
-            values[f"answers/{name}"] = torch.tensor(each, dtype=torch.float64)
-            groups[f"answers/{name}"] = [one.question.image for one in open_ones]
-    if chosen:
-        for name, own in (("choice_sum", _right(chosen, "by_sum")), ("choice_mean", _right(chosen, "by_mean"))):
-            values[f"answers/{name}"], groups[f"answers/{name}"] = own, [one.question.image for one in chosen]
-            metrics[name] = 100 * float(own.mean())
-            chance[name] = 100 * sum(1 / len(one.question.choices) for one in chosen) / len(chosen)
+    found = _Figures({}, {}, {}, {}, {})
+    if written := [one for one in said if not one.question.choices]:
+        found.add_written(written)
+    if chosen := [one for one in said if one.question.choices]:
+        found.add_chosen(chosen)
     return Outcome(
-        metrics=metrics | ({"by_kind": by_kind} if by_kind else {}),
-        chance=chance,
-        counts={"open": len(open_ones), "choices": len(chosen), "unusable": dict(bad)},
+        metrics={**found.metrics, **({"by_kind": found.by_kind} if found.by_kind else {})},
+        chance=found.chance,
+        counts={"open": len(written), "choices": len(chosen), "unusable": dict(bad)},
         protocol={
             "decoding": repr(decoding),
             "seed": seed,
             "normalisation": "of VQA's evaluation code",
             "chance": "always the most frequent answer; of choices any",
         },
-        values=values,
-        groups=groups,
-        sections=_sections(folder, said, metrics, chance),
+        values=found.values,
+        groups=found.groups,
+        sections=_sections(folder, said, found),
     )
+
+
+@dataclass
+class _Figures:
+    """Percentages, those of chance, and each question's own value with the picture that it is about."""
+
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    by_kind: dict[str, Mapping[str, float]]
+    values: dict[str, Tensor]
+    groups: dict[str, list[str]]
+
+    def add_written(self, said: Sequence[_Said]) -> None:
+        """Answers in the model's own words."""
+        questions = [one.question for one in said]
+        scores = score_answers([one.text for one in said], questions)
+        always = most_frequent(questions)
+        self.chance |= score_answers([always] * len(said), questions).metrics
+        self.by_kind |= scores.by_kind
+        for name, values in scores.each.items():
+            self._add(name, values, said)
+
+    def add_chosen(self, said: Sequence[_Said]) -> None:
+        """Choices: the likeliest as a whole, and the likeliest per token."""
+        for name, which in (("choice_sum", "by_sum"), ("choice_mean", "by_mean")):
+            self._add(name, [float(getattr(one, which) == one.question.right) for one in said], said)
+            self.chance[name] = 100 * sum(1 / len(one.question.choices) for one in said) / len(said)
+
+    def _add(self, name: str, values: Sequence[float], said: Sequence[_Said]) -> None:
+        self.metrics[name] = 100 * sum(values) / len(values)
+        self.values[f"answers/{name}"] = torch.tensor(values, dtype=torch.float64)
+        self.groups[f"answers/{name}"] = [one.question.image for one in said]
 
 
 class _Pictures:
@@ -185,15 +200,10 @@ def _progress(steps: Sequence[int]) -> Iterator[int]:
         yield from progress.track(steps, description="questions")
 
 
-def _right(chosen: Sequence[_Said], which: str) -> Tensor:
-    return torch.tensor([float(getattr(one, which) == one.question.right) for one in chosen], dtype=torch.float64)
-
-
-def _sections(
-    folder: _Pictures, said: Sequence[_Said], metrics: dict[str, float], chance: dict[str, float]
-) -> list[Section]:
+def _sections(folder: _Pictures, said: Sequence[_Said], found: _Figures) -> list[Section]:
     rows: list[list[str | Score]] = [
-        [TITLES[name], f"{chance[name]:.1f} %", Score(value, chance[name])] for name, value in metrics.items()
+        [TITLES[name], f"{found.chance[name]:.1f} %", Score(value, found.chance[name])]
+        for name, value in found.metrics.items()
     ]
     every = max(1, len(said) // SHOWN)
     cards = []

@@ -127,7 +127,7 @@ def tokenize(text: str, after: str = "") -> list[str]:
 
 def tokenize_all(texts: Sequence[str]) -> list[list[str]]:
     """The words of captions that stand on lines of one file, as COCO's code has them."""
-    return [tokenize(text, after) for text, after in zip(texts, [*texts[1:], ""], strict=True)]
+    return [tokenize(text, after) for text, after in zip(texts, [*texts[1:], ""], strict=False)]
 
 
 def _longest(text: str, at: int) -> tuple[int, str]:

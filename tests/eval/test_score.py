@@ -109,7 +109,7 @@ def test_clip_score_of_a_run(vlm: Commands, folder: Path) -> None:
     (folder / "red.png").unlink()
     done = vlm(*arguments, "--images", ".", folder=folder)
     assert (done.code, done.out) == (2, "")
-    assert done.err.splitlines()[-1] == "vlm: --images .: no such picture: red.png in ."
+    assert done.err.splitlines()[-1] == "vlm: --images .: no such picture (red.png in .)"
 
 
 def test_no_torch() -> None:

@@ -91,9 +91,7 @@ def read_results(path: Path, references: References, partial: bool = False) -> d
     if unknown:
         raise ValueError(f"{path}: {some(unknown)} not among the images with captions of {references.name}")
     if again:
-        raise ValueError(
-            f"{path}: {some(again)} {'has' if len(again) == 1 else 'have'} several captions; give one an image"
-        )
+        raise ValueError(f"{path}: several captions of {some(again)}; give one an image")
     missing = [number for number in references.captions if number not in found]
     if missing and not partial:
         raise ValueError(

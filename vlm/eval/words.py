@@ -62,6 +62,7 @@ _ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+"
 _PATTERNS = [
     r"(</?[A-Za-z!?][^<>\n]*>)",
     r"(&(?:amp|lt|gt|quot|apos);)",
+    r"(-(?i:[lr][rsc]b)-)",
     rf"((?:{_L})*?(?:{_L}))[nN]['’][tT](?!\w)",
     r"([nN]['’][tT])(?!\w)",
     rf"({_WORD})['’](?i:s|m|d|re|ve|ll)(?![A-Za-z])",

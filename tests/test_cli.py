@@ -67,7 +67,7 @@ def test_arguments_of_export_arrive(vlm: Any) -> None:
 def test_arguments_of_evaluate_and_compare_arrive(vlm: Any) -> None:
     code, [(given, named)] = vlm("evaluate", "a.tar", "b.tar", "-m", "run")
     asked = {"shards": ("a.tar", "b.tar"), "caption": None, "protocol": None, "rerank": 16, "seed": 0}
-    asked |= dict.fromkeys(["images", "features", "labels", "classes", "templates"])
+    asked |= dict.fromkeys(["images", "features", "labels", "classes", "templates", "annotations"])
     plain = {"dtype": "float32", "overwrite": False, "json": False, "parts": {}}
     assert (code, given) == (0, ("run", asked, (), None))
     assert named == plain | {"command": "vlm evaluate a.tar b.tar -m run", "names": None}
@@ -78,7 +78,7 @@ def test_arguments_of_evaluate_and_compare_arrive(vlm: Any) -> None:
     assert given[1] == {
         **{"shards": ("d.json",), "caption": None, "protocol": "coco-1k", "rerank": 9, "seed": 3},
         **{"images": Path("pictures"), "features": Path("kept"), "labels": "cls"},
-        **{"classes": "c.txt", "templates": None},
+        **{"classes": "c.txt", "templates": None, "annotations": None},
     }
     assert (named["dtype"], named["overwrite"]) == ("bfloat16", True)
     given = vlm("compare", "one", "two", "--out", "there", "--json")

@@ -24,6 +24,7 @@ from vlm.cli_options import (
     part_option,
     source,
 )
+from vlm.cli_score import score
 from vlm.cli_shards import pipe_option, shards
 
 
@@ -220,7 +221,7 @@ def completion(shell: str) -> None:
     click.echo(found(app, {}, "vlm", "_VLM_COMPLETE").source(), nl=False)
 
 
-for command in (evaluate, compare, shards):
+for command in (evaluate, compare, score, shards):
     app.add_command(command)
 
 

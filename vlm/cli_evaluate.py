@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from vlm.cli_help import Verb
-from vlm.cli_options import folder, json_option, model_option, overwrite_option, part_option, source
+from vlm.cli_options import file, folder, json_option, model_option, overwrite_option, part_option, source
 from vlm.cli_shards import pipe_option
 from vlm.eval.protocol import PROTOCOLS
 
-TASKS = ("retrieval", "classification")  # those of vlm.eval.tasks, which costs a torch to import
+TASKS = ("retrieval", "captions", "answers", "classification")  # those of vlm.eval.tasks, which costs a torch to import
 
 
 @click.command(cls=Verb)
@@ -39,6 +39,7 @@ TASKS = ("retrieval", "classification")  # those of vlm.eval.tasks, which costs 
 @click.option(
     "--templates", type=source, metavar="FILE", help="Prompts with {c} where a class goes, a line each, or JSON."
 )
+@click.option("--annotations", type=file, metavar="FILE", help="Of answers, where VQA keeps them apart.")
 @click.option("--features", type=folder, help="A folder that keeps vectors: a later run takes what is there.")
 @click.option("--rerank", "k", type=click.IntRange(1), default=16, show_default=True, help="Candidates for ITM.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the intervals' draws.")
@@ -65,15 +66,17 @@ def evaluate(
     labels: str | None,
     classes: str | None,
     templates: str | None,
+    annotations: Path | None,
     features: Path | None,
     k: int,
     seed: int,
     dtype: str,
 ) -> None:
-    """Measure a model on data.
+    """Measure a model on data: retrieval, captions, answers, zero-shot classification.
 
     SHARDS are tar files, folders of them, patterns such as {000..003}.tar, addresses of them, or what else `vlm shards
-    write` can read. The record has metrics.json, what every query got (values.safetensors, queries.json; see `vlm
+    write` can read; of --task answers, a file of questions (VQA's JSON, or JSON lines of image, question and answers or
+    choices). The record has metrics.json, what every query got (values.safetensors, queries.json; see `vlm
     compare`) and report.html, one offline page with pictures.
     """
     from vlm.eval.run import evaluate as measure
@@ -90,6 +93,7 @@ def evaluate(
         labels=labels,
         classes=classes,
         templates=templates,
+        annotations=annotations,
     )
     measure(
         model,

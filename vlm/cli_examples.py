@@ -76,6 +76,10 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
             "vlm score results.json captions.json -m runs/mine --images val2014",
             "With CLIPScore by an encoder of yours.",
         ),
+        Example(
+            "vlm score answers.json v2_mscoco_val2014_annotations.json --task vqa --json",
+            "Answers to VQA's questions, by its own rule.",
+        ),
     ),
     "export": (
         Example("vlm export runs/mine exported", "A folder that transformers opens."),

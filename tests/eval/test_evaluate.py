@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     squares(place / "other.tar", 10, "o")
     for kind in ("clip", "qformer"):
         asked = Request([str(place / "test.tar")], rerank=4)
-        evaluate(str(place / kind), asked, out=place / f"of-{kind}", command="vlm evaluate …")
+        evaluate(str(place / kind), asked, ["retrieval"], out=place / f"of-{kind}", command="vlm evaluate …")
     return place
 
 
@@ -109,12 +109,12 @@ def test_the_same_again_is_allowed_and_gives_the_same(place: Path, capsys: pytes
 
 def test_other_precision_and_kept_features(place: Path, tmp_path: Path) -> None:
     asked = Request([str(place / "test.tar")], rerank=4)
-    evaluate(str(place / "qformer"), asked, out=tmp_path / "half", dtype="bfloat16")
+    evaluate(str(place / "qformer"), asked, ["retrieval"], out=tmp_path / "half", dtype="bfloat16")
     half, full = read(tmp_path / "half"), read(place / "of-qformer")
     assert half.record["settings"] == full.record["settings"] | {"dtype": "bfloat16"}
     assert {name: values.shape for name, values in half.values.items()} == dict.fromkeys(full.values, (12,))
     for name in ("first", "again"):
-        evaluate(str(place / "qformer"), replace(asked, features=tmp_path / "kept"), out=tmp_path / name)
+        evaluate(str(place / "qformer"), replace(asked, features=tmp_path / "kept"), ["retrieval"], out=tmp_path / name)
         assert (tmp_path / name / "values.safetensors").read_bytes() == (
             place / "of-qformer" / "values.safetensors"
         ).read_bytes()
@@ -133,7 +133,7 @@ def test_another_evaluation_is_refused_with_its_differences(place: Path) -> None
     with pytest.raises(ValueError, match=r"holds another evaluation \(data: was [0-9a-f]{12}…, now [0-9a-f]{12}…\)"):
         evaluate(str(place / "clip"), Request([str(place / "other.tar")], rerank=4), out=folder)
     with pytest.raises(ValueError, match=r"holds another evaluation \(model: was "):
-        evaluate(str(place / "qformer"), Request([str(place / "test.tar")], rerank=4), out=folder)
+        evaluate(str(place / "qformer"), Request([str(place / "test.tar")], rerank=4), ["retrieval"], out=folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -151,7 +151,7 @@ def test_overwrite_replaces(place: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_written_where_a_task_fails(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot rank images and texts"):
-        evaluate(str(place / "decoder"), Request([str(place / "test.tar")]), out=tmp_path / "out")
+        evaluate(str(place / "decoder"), Request([str(place / "test.tar")]), ["retrieval"], out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,6 +214,22 @@ def test_the_names_of_other_tools(place: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_command_line_offers_what_there_is() -> None:
     assert list(NAMES) == list(TASKS)
+
+
+def test_unless_named_all_is_measured_that_the_model_can(place: Path, tmp_path: Path) -> None:
+    evaluate(str(place / "qformer"), Request([str(place / "test.tar")], rerank=4), out=tmp_path / "all")
+    told = read(tmp_path / "all").record["tasks"]
+    assert set(told) == {"retrieval", "captions"}
+    assert told["captions"]["counts"]["images"] == 12 and "cider_d" in told["captions"]["chance"]
+    page = (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
+    assert "Retrieval" in page and "CIDEr-D" in page
+
+
+def test_answers_take_one_file_and_a_folder(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--images FOLDER"):
+        evaluate(str(place / "decoder"), Request(["q.json"]), ["answers"], tmp_path / "one")
+    with pytest.raises(ValueError, match="one file of questions is read, not 2"):
+        evaluate(str(place / "decoder"), Request(["q.json", "r.json"], images=tmp_path), ["answers"], tmp_path / "one")
 
 
 def test_a_task_on_questions_opens_no_pictures(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +412,7 @@ def test_gain() -> None:
 def test_pictures_that_have_gone_are_left_out(place: Path, tmp_path: Path) -> None:
     tar = squares(tmp_path / "gone.tar", 12, "t")
     for kind in ("clip", "qformer"):
-        evaluate(str(place / kind), Request([str(tar)]), out=tmp_path / kind)
+        evaluate(str(place / kind), Request([str(tar)]), ["retrieval"], out=tmp_path / kind)
     tar.unlink()
     compare(tmp_path / "clip", tmp_path / "qformer", tmp_path / "both")
     page = Reader((tmp_path / "both" / "report.html").read_text(encoding="utf-8"))

@@ -13,14 +13,14 @@ import torch
 from tests.tiny import COLOURS, pack, picture, squares, tiny_run
 from vlm import build_data
 from vlm.captioning import run as run_module
-from vlm.captioning.run import caption, captions, find_images
+from vlm.captioning.run import caption, find_images
 from vlm.data.image import decode
 from vlm.data.shards import Shards
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.run import evaluate, retrieval
 from vlm.eval.tasks import Request
 from vlm.model.generate import Sampling
-from vlm.restore import restore
+from vlm.restore import captions, restore
 from vlm.train.run import train_run
 
 WAYS, MEASURES = {"t2i", "i2t"}, {"R@1", "R@5", "R@10", "mean_rank", "median_rank"}

@@ -8,19 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm import build_data
 from vlm.config.schema import ChatData
 from vlm.data.image import BadSample, decode
-from vlm.data.talk import ask
 from vlm.model.beam import Beams
-from vlm.model.describe import answer, describe
 from vlm.model.fast import prepare_for_decoding
 from vlm.model.generate import Decoding, Sampling
 from vlm.model.transcribe import one_line
 from vlm.model.vlm import need
-from vlm.nn.backend import best_device, fast_float32
+from vlm.nn.backend import best_device
 from vlm.ready import open_model
-from vlm.restore import Ready
+from vlm.restore import Ready, captions
 
 BATCH = 32  # pictures captioned together
 ANSWER = 256  # tokens of the longest answer, unless told otherwise
@@ -92,27 +89,6 @@ def _read(trained: Ready, paths: Sequence[Path]) -> tuple[list[Path], list[Tenso
         except (BadSample, OSError) as error:
             print(f"vlm: {path}: {error}", file=sys.stderr)
     return readable, pixels
-
-
-def captions(
-    trained: Ready,
-    images: Tensor,
-    decoding: Decoding,
-    generator: torch.Generator | None = None,
-    question: str | None = None,
-) -> list[str]:
-    """Captions of normalised images, B 3 H W, or of a model that answers, the answers to a question about each.
-
-    Without a question a published model is asked as its authors ask it for a caption.
-    """
-    model, data = trained.model, trained.data
-    images = images.to(next(model.parameters()).device)
-    with fast_float32():
-        if isinstance(data, ChatData):
-            form, words, stop = trained.form(question)
-            return answer(model, form, [ask(words, 1)] * len(images), images, decoding, generator, stop)
-        template = build_data.template(data.template)
-        return describe(model, trained.tokenizer, images, template, data.max_tokens, decoding, generator)
 
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:

@@ -10,9 +10,12 @@ from vlm.eval.zeroshot import as_clip_benchmark
 Names = Literal["lavis", "clip_benchmark"]
 
 
+NAMED: Mapping[Names, Collection[str]] = {"lavis": ("retrieval",), "clip_benchmark": ("retrieval", "classification")}
+
+
 def refuse_unnamed(tasks: Collection[str], names: Names) -> None:
     """ValueError: not the one task that has such names."""
-    known = ["retrieval"] if names == "lavis" else ["retrieval", "classification"]
+    known = NAMED[names]
     if len(tasks) != 1 or next(iter(tasks)) not in known:
         raise ValueError(f"--names {names} is of one --task, {' or '.join(known)}, not of {', '.join(tasks)}")
 

@@ -17,7 +17,7 @@ from vlm.eval.outcome import Outcome
 from vlm.eval.page import as_text, page_of
 from vlm.eval.ranking import rank
 from vlm.eval.record import REPORT, default_folder, files_fingerprint, refuse_other, versions, write
-from vlm.eval.renamed import Names, refuse_unnamed, renamed
+from vlm.eval.renamed import NAMED, Names, refuse_unnamed, renamed
 from vlm.eval.report import render
 from vlm.eval.tasks import TASKS, Request, chosen_tasks
 from vlm.model.weights.files import fingerprint
@@ -53,6 +53,7 @@ def evaluate(
     trained = open_model(model, best_device(), parts)
     chosen, data = chosen_tasks(trained, asked, tasks)
     if names is not None:
+        chosen = chosen if tasks else [name for name in chosen if name in NAMED[names]]
         refuse_unnamed(chosen, names)
     record = _about(trained, data, asked, chosen, dtype)
     refuse_other(folder, record["identity"], overwrite)
@@ -118,7 +119,8 @@ def _about(trained: Ready, data: EvaluationData | None, asked: Request, tasks: l
 def _data(data: EvaluationData | None, asked: Request) -> dict[str, Any]:
     """What was measured on, and how `vlm compare` finds its pictures again."""
     if data is None:
-        return {"fingerprint": files_fingerprint(asked.shards)}
+        apart = [] if asked.annotations is None else [str(asked.annotations)]
+        return {"fingerprint": files_fingerprint([*asked.shards, *apart])}
     read = data.settings.model_copy(update={"train": "", "val": None, "augment": None}).model_dump(mode="json")
     return {"samples": len(data.source), "fingerprint": data_fingerprint(data.source), "settings": read}
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlm.eval.answer_task import answers
+from vlm.eval.caption_task import captions
 from vlm.eval.data import EvaluationData, open_evaluation_data
 from vlm.eval.outcome import Outcome
 from vlm.eval.ranking import retrieval_task
@@ -25,10 +27,19 @@ class Request:
     labels: str | None = None  # where classes stand
     classes: str | None = None  # a file with their names
     templates: str | None = None  # a file with prompts
+    annotations: Path | None = None  # the answers, where they stand apart from the questions (VQA)
 
     def open(self, trained: Ready) -> EvaluationData:
         """The data, read as the model's own unless said otherwise."""
         return open_evaluation_data(self.shards, trained.data, self.protocol, self.caption, self.labels, self.images)
+
+    def questions(self) -> tuple[Path, Path]:
+        """The file of questions and the folder of their pictures. ValueError: several files, no folder."""
+        if len(self.shards) != 1:
+            raise ValueError(f"--task answers: one file of questions is read, not {len(self.shards)}")
+        if self.images is None:
+            raise ValueError("--task answers: name the folder of the pictures that are asked about (--images FOLDER)")
+        return Path(self.shards[0]), self.images
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class Task:
 
 TASKS: Mapping[str, Task] = {
     "retrieval": Task(lambda t, r: retrieval_task(t, r.open(t), r.rerank, r.seed, r.features)),
+    "captions": Task(lambda t, r: captions(t, r.shards, r.caption, seed=r.seed)),
+    "answers": Task(lambda t, r: answers(t, *r.questions(), r.annotations, seed=r.seed), questions=True),
     "classification": Task(lambda t, r: classify(t, r.shards, r.labels, r.classes, r.templates, r.images, r.features)),
 }
 
@@ -56,6 +69,8 @@ def chosen_tasks(trained: Ready, asked: Request, named: Sequence[str]) -> tuple[
         others = ", ".join(name for name in names if name not in on_questions)
         raise ValueError(f"--task {on_questions[0]} is on a file of questions, and {others} on pictures: one at a time")
     if on_questions:
+        if "answers" in names:
+            asked.questions()
         return names, None
     data = asked.open(trained)
     return names or default_tasks(trained, data), data

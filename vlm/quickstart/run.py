@@ -15,18 +15,18 @@ from typing import Any
 import torch
 
 from vlm import __version__
-from vlm.captioning.run import captions
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.data.image import decode
 from vlm.data.shards import Shards
-from vlm.eval.caption import cider_d, exact, identical, mean_words
+from vlm.eval.caption import exact, identical, mean_words
+from vlm.eval.cider import cider_d
 from vlm.eval.report import Card, Curves, Gallery, Page, Table, retrieval_tables, write_page
 from vlm.eval.run import retrieval
 from vlm.model.generate import Sampling
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device
-from vlm.restore import Ready, restore
+from vlm.restore import Ready, captions, restore
 from vlm.train.log import note, read_metrics
 from vlm.train.run import train_run
 

@@ -21,6 +21,7 @@ from vlm.cli_options import (
     overwrite_option,
     part_option,
 )
+from vlm.cli_search import index, search
 from vlm.cli_shards import pipe_option, shards
 
 
@@ -205,6 +206,8 @@ def models(json: bool) -> None:
 
 
 app.add_command(shards)
+app.add_command(index)
+app.add_command(search)
 
 
 def main() -> None:

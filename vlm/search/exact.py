@@ -1,0 +1,76 @@
+"""The best of all pictures for some queries: exact, one pass over the vectors, bounded memory.
+
+Letters: S queries, V vectors of each, R pictures, Q vectors of each, E their width, K best.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vlm.search.store import between
+
+
+@dataclass(frozen=True)
+class Term:
+    """One side of queries, words or a picture: S V E, and its share of the score."""
+
+    vectors: Float[Tensor, "S V E"]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best places of each query, best first; -inf and -1 where there are fewer."""
+
+    scores: Float[Tensor, "S K"]
+    places: Int[Tensor, "S K"]
+
+
+def score(terms: Sequence[Term], rows: Float[Tensor, "R Q E"]) -> Float[Tensor, "S R"]:
+    """Each vector of a query takes the vector of the picture that answers it best; their mean, summed by weight.
+
+    With one vector each this is the cosine, with one of words BLIP-2's similarity. Rows are in fp32.
+    """
+    flat = rows.flatten(0, 1)
+    total = None
+    for term in terms:
+        queries, vectors, _ = term.vectors.shape
+        dots = (term.vectors.flatten(0, 1) @ flat.T).view(queries, vectors, *rows.shape[:2]).amax(3).mean(1)
+        total = dots * term.weight if total is None else total + dots * term.weight
+    assert total is not None
+    return total
+
+
+def search(terms: Sequence[Term], pieces: Iterator[Tensor], k: int, unused: Int[Tensor, "U"], first: int = 0) -> Best:
+    """The best `k` of all rows that come, in pieces of R Q E, numbered from `first` on, `unused` places left out.
+
+    Memory: what one piece takes in fp32, its scores, and the best so far. Of equal scores the earlier place wins.
+    """
+    queries = len(terms[0].vectors)
+    best = Best(torch.full((queries, 0), -torch.inf), torch.zeros(queries, 0, dtype=torch.long))
+    wide = torch.empty(0)
+    for piece in pieces:
+        if len(piece) > len(wide):
+            wide = torch.empty(piece.shape)
+        rows = wide[: len(piece)].copy_(piece)
+        scores = score(terms, rows)
+        scores[:, between(unused, first, first + len(rows))] = -torch.inf
+        if best.scores.shape[1] < k or bool((scores.amax(1) > best.scores[:, -1]).any()):
+            places = torch.arange(first, first + len(rows)).expand(queries, -1)
+            best = merge(best, Best(scores, places), k)
+        first += len(rows)
+    return best
+
+
+def merge(left: Best, right: Best, k: int) -> Best:
+    """The best `k` of two lists, those of the left before equal ones of the right."""
+    scores = torch.cat([left.scores, right.scores], 1)
+    places = torch.cat([left.places, right.places], 1)
+    if scores.shape[1] > 4 * k:  # sorting all of them would take longer than the scores
+        scores, chosen = scores.topk(k, 1)
+        places = places.gather(1, chosen)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return Best(scores[:, :k], places.gather(1, order[:, :k]))

@@ -16,16 +16,22 @@ def rate(value: float) -> str:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`clip`, `qformer` (four vectors a picture, ITM), `decoder` (no contrastive head), `other` (clip, untrained)."""
+    """`clip`, `decoder` (no contrastive head), `other` (as clip, untrained)."""
     folder = tmp_path_factory.mktemp("runs")
     common = ("train.batch_size=16", "train.log_every=60", "train.warmup=10", "data.cache_mb=8")
     train_run(tiny_run(folder, "clip", *common, "train.steps=60", rate(5e-3)), folder / "clip")
-    frozen = ("model.vision.frozen=true", f"model.init.vision={folder / 'clip'}", rate(2e-2))
-    queries = "model.connector.queries=4"
-    train_run(tiny_run(folder, "qformer", *common, *frozen, queries, "train.steps=120"), folder / "qformer")
-    train_run(tiny_run(folder, "decoder", *common, *frozen, "train.steps=1", "train.warmup=0"), folder / "decoder")
+    train_run(tiny_run(folder, "decoder", "train.steps=1"), folder / "decoder")
     train_run(tiny_run(folder, "clip", "train.steps=1"), folder / "other")
     return folder
+
+
+@pytest.fixture(scope="session")
+def qformer(runs: Path) -> Path:
+    """A run with four vectors a picture and a matching head."""
+    frozen = ("model.vision.frozen=true", f"model.init.vision={runs / 'clip'}", rate(2e-2))
+    given = ("train.batch_size=16", "train.steps=40", "model.connector.queries=4")
+    train_run(tiny_run(runs, "qformer", *frozen, *given), runs / "qformer")
+    return runs / "qformer"
 
 
 def write(folder: Path, files: Mapping[str, bytes], age: float = 100.0) -> Path:
@@ -49,7 +55,7 @@ def pictures(tmp_path: Path) -> Path:
 Put = Callable[..., Path]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def put() -> Put:
     """`write` for tests."""
     return write

@@ -143,11 +143,11 @@ def test_what_is_gone_is_not_told(
 
 
 def test_several_vectors_and_itm(
-    runs: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: Any
+    qformer: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "itm"
-    assert index([pictures], out, IndexOptions(str(runs / "qformer"), dtype="float32"))
+    assert index([pictures], out, IndexOptions(str(qformer), dtype="float32"))
     capsysbinary.readouterr()
     find(out, ["a red square"], Options(json=True))
     plain = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
@@ -156,7 +156,7 @@ def test_several_vectors_and_itm(
     assert {one["path"] for one in asked[:3]} == {one["path"] for one in plain[:3]}
     assert asked[3:] == plain[3:]
     assert [one["match"] for one in asked[:3]] == sorted((one["match"] for one in asked[:3]), reverse=True)
-    encoder = Encoder(str(runs / "qformer"))
+    encoder = Encoder(str(qformer))
     pixels = torch.stack([encoder.transform.pixels(decode(Path(one["path"]).read_bytes())) for one in asked[:3]])
     model, text = encoder.ready.model, encoder.text(["a red square"] * 3)
     seen = model.see(encoder.transform.normalize(pixels))

@@ -235,13 +235,13 @@ def test_the_same_vectors_in_any_order_and_number_of_threads(
     assert all(one[path] == pytest.approx(two[path], abs=1e-3) for path in one)
 
 
-def test_another_model_is_refused_until_all_is_encoded_again(indexed: Indexed, runs: Path, tmp_path: Path) -> None:
+def test_another_model_is_refused_until_all_is_encoded_again(indexed: Indexed, runs: Path, qformer: Path) -> None:
     with pytest.raises(ValueError, match=r"has other weights than the model it was made with; .* --rebuild$"):
         indexed(model=str(runs / "other"))
-    assert indexed(model=str(runs / "qformer"), rebuild=True) == {"added": 8, "encoded": 8}
+    assert indexed(model=str(qformer), rebuild=True) == {"added": 8, "encoded": 8}
     with opened(indexed.out) as manifest:
         meta = manifest.meta()
-    assert (meta["vectors"], meta["model"]) == ("4", str((runs / "qformer").resolve()))
+    assert (meta["vectors"], meta["model"]) == ("4", str(qformer.resolve()))
     assert indexed(model=None) == {}
 
 

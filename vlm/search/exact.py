@@ -38,7 +38,9 @@ def score(terms: Sequence[Term], rows: Float[Tensor, "R Q E"]) -> Float[Tensor, 
     total = None
     for term in terms:
         queries, vectors, _ = term.vectors.shape
-        dots = (term.vectors.flatten(0, 1) @ flat.T).view(queries, vectors, *rows.shape[:2]).amax(3).mean(1)
+        asked = term.vectors.flatten(0, 1)
+        products = (flat @ asked[0])[None] if len(asked) == 1 else asked @ flat.T  # the first is faster for one
+        dots = products.view(queries, vectors, *rows.shape[:2]).amax(3).mean(1)
         total = dots * term.weight if total is None else total + dots * term.weight
     assert total is not None
     return total
@@ -57,7 +59,8 @@ def search(terms: Sequence[Term], pieces: Iterator[Tensor], k: int, unused: Int[
             wide = torch.empty(piece.shape)
         rows = wide[: len(piece)].copy_(piece)
         scores = score(terms, rows)
-        scores[:, between(unused, first, first + len(rows))] = -torch.inf
+        if len(unused):
+            scores[:, between(unused, first, first + len(rows))] = -torch.inf
         if best.scores.shape[1] < k or bool((scores.amax(1) > best.scores[:, -1]).any()):
             places = torch.arange(first, first + len(rows)).expand(queries, -1)
             best = merge(best, Best(scores, places), k)

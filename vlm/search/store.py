@@ -20,7 +20,7 @@ from vlm.search.manifest import Manifest, Part
 
 NAME, SUFFIX = "vectors", ".safetensors"
 PART_BYTES = 2**26  # of the largest part
-PIECE_BYTES = 2**20  # read at a time: it and its fp32 form stay in the cache of a core
+PIECE_BYTES = 2**21  # read at a time: it and its fp32 form stay in the cache of a core
 WASTE = 4  # cleared up when every so-manieth vector is of no file
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _CODES = {"float16": "F16", "float32": "F32"}

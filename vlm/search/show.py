@@ -2,6 +2,7 @@
 
 import json as jsonlib
 import os
+import signal
 import sys
 import tempfile
 import webbrowser
@@ -35,16 +36,15 @@ class Hit:
 
 def show(query: Mapping[str, Any], hits: Sequence[Hit], null: bool, json: bool, sheet: bool) -> None:
     """Prints hits to standard output, a line each, or with a NUL behind each; with `sheet` also shows them."""
-    for hit in hits:
-        _print(_record(query, hit).encode() + b"\n" if json else hit.path + (b"\0" if null else b"\n"))
-    sys.stdout.flush()
+    lines = [_record(query, hit).encode() + b"\n" if json else hit.path + (b"\0" if null else b"\n") for hit in hits]
+    try:
+        sys.stdout.buffer.write(b"".join(lines))  # paths are bytes, in whatever encoding the system has them
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it has enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails at its own flush
+        raise SystemExit(128 + signal.SIGPIPE) from None
     if sheet:
         _open(_sheet(hits))
-
-
-def _print(data: bytes) -> None:
-    """Paths are bytes, in whatever encoding the system has them."""
-    sys.stdout.buffer.write(data)
 
 
 def _record(query: Mapping[str, Any], hit: Hit) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vlm.search.store import between
 
+GROUP = 8  # pieces whose scores are looked at together
+
 
 @dataclass(frozen=True)
 class Term:
@@ -40,8 +42,10 @@ def score(terms: Sequence[Term], rows: Float[Tensor, "R Q E"]) -> Float[Tensor, 
         queries, vectors, _ = term.vectors.shape
         asked = term.vectors.flatten(0, 1)
         products = (flat @ asked[0])[None] if len(asked) == 1 else asked @ flat.T  # the first is faster for one
-        dots = products.view(queries, vectors, *rows.shape[:2]).amax(3).mean(1)
-        total = dots * term.weight if total is None else total + dots * term.weight
+        near = products if rows.shape[1] == 1 else products.view(len(asked), *rows.shape[:2]).amax(2)
+        dots = near if vectors == 1 else near.view(queries, vectors, -1).mean(1)
+        dots = dots if term.weight == 1 else dots * term.weight
+        total = dots if total is None else total + dots
     assert total is not None
     return total
 
@@ -49,27 +53,34 @@ def score(terms: Sequence[Term], rows: Float[Tensor, "R Q E"]) -> Float[Tensor, 
 def search(terms: Sequence[Term], pieces: Iterator[Tensor], k: int, unused: Int[Tensor, "U"], first: int = 0) -> Best:
     """The best `k` of all rows that come, in pieces of R Q E, numbered from `first` on, `unused` places left out.
 
-    Memory: what one piece takes in fp32, its scores, and the best so far. Of equal scores the earlier place wins.
+    Memory: what one piece takes in fp32, the scores of GROUP, and the best so far. Which of equal scores are among the
+    best `k` is open.
     """
-    queries = len(terms[0].vectors)
+    queries, wide = len(terms[0].vectors), torch.empty(0)
     best = Best(torch.full((queries, 0), -torch.inf), torch.zeros(queries, 0, dtype=torch.long))
-    wide = torch.empty(0)
+    held = list[Tensor]()
     for piece in pieces:
         if len(piece) > len(wide):
             wide = torch.empty(piece.shape)
-        rows = wide[: len(piece)].copy_(piece)
-        scores = score(terms, rows)
-        if len(unused):
-            scores[:, between(unused, first, first + len(rows))] = -torch.inf
-        if best.scores.shape[1] < k or bool((scores.amax(1) > best.scores[:, -1]).any()):
-            places = torch.arange(first, first + len(rows)).expand(queries, -1)
-            best = merge(best, Best(scores, places), k)
-        first += len(rows)
-    return best
+        held.append(score(terms, wide[: len(piece)].copy_(piece)))
+        if len(held) == GROUP:
+            best, first = _with(best, torch.cat(held, 1), k, unused, first)
+            held.clear()
+    return _with(best, torch.cat(held, 1), k, unused, first)[0] if held else best
+
+
+def _with(best: Best, scores: Tensor, k: int, unused: Tensor, first: int) -> tuple[Best, int]:
+    """The best so far and of the places from `first` on, and the place behind these."""
+    last = first + scores.shape[1]
+    if len(unused):
+        scores[:, between(unused, first, last)] = -torch.inf
+    if best.scores.shape[1] < k or bool((scores.amax(1) > best.scores[:, -1]).any()):
+        best = merge(best, Best(scores, torch.arange(first, last).expand(len(scores), -1)), k)
+    return best, last
 
 
 def merge(left: Best, right: Best, k: int) -> Best:
-    """The best `k` of two lists, those of the left before equal ones of the right."""
+    """The best `k` of two lists."""
     scores = torch.cat([left.scores, right.scores], 1)
     places = torch.cat([left.places, right.places], 1)
     if scores.shape[1] > 4 * k:  # sorting all of them would take longer than the scores

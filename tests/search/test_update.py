@@ -73,6 +73,15 @@ def test_add_change_move_copy_delete(indexed: Indexed, pictures: Path, put: Put)
     assert (indexed.files, indexed.pictures) == (9, 8)
 
 
+def test_copies_that_are_read_together(
+    indexed: Indexed, pictures: Path, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_module, "MANY", 1)  # each is put away while its copies have been read
+    monkeypatch.setattr(update_module, "BATCH", 1)
+    put(pictures, {f"copy{i}.png": picture("brown") for i in range(20)} | {f"bad{i}.png": b"no" for i in range(20)})
+    assert indexed(whole=False) == {"added": 1, "copied": 19, "encoded": 1, "bad": 20}
+
+
 def test_touched_and_renamed_folders_are_not_encoded(indexed: Indexed, pictures: Path) -> None:
     before = set(indexed.places().values())
     os.utime(pictures / "red.png", (10**9, 10**9))

@@ -260,13 +260,17 @@ class _Batch:
         assert one.digest is not None
         if one.fault:
             self._faults[one.digest] = one.fault
-        elif one.pixels is not None and one.digest not in self._encoded:
+        elif one.pixels is not None and not self._is_known(one.digest):
             self._new[one.digest] = one.pixels
         self._files.append((one.todo, one.digest))
         if len(self._new) == BATCH:
             self._encode()
         if len(self._files) >= MANY or (not self._new and time.monotonic() - self._since > ENOUGH):
             self.put()
+
+    def _is_known(self, digest: bytes) -> bool:
+        """Its copy may have got here after this one was read."""
+        return digest in self._encoded or self._store.manifest.content(digest) is not None
 
     def _encode(self) -> None:
         if self._new:

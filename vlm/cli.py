@@ -25,6 +25,7 @@ from vlm.cli_options import (
     source,
 )
 from vlm.cli_score import score
+from vlm.cli_search import index, search
 from vlm.cli_shards import pipe_option, shards
 
 
@@ -221,7 +222,7 @@ def completion(shell: str) -> None:
     click.echo(found(app, {}, "vlm", "_VLM_COMPLETE").source(), nl=False)
 
 
-for command in (evaluate, compare, score, shards):
+for command in (evaluate, compare, score, index, search, shards):
     app.add_command(command)
 
 

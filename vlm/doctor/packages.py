@@ -16,6 +16,7 @@ GIVES = {
     "parquet": "tables of pictures and captions as Parquet",
     "gguf": "language models in GGUF files",
     "remote": "shards in object stores (s3fs, gcsfs or adlfs too)",
+    "search": "fast search of more than a million pictures",
     "coco": "METEOR and SPICE, beside a Java runtime",
     "dev": "tests, lint and types of vlm itself",
 }

@@ -13,18 +13,18 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, remedy: str = "wait for it, stop it, or choose another --out") -> Iterator[None]:
     """The folder is this process's alone inside; it is made if need be, and goes again if nothing was put into it.
 
     The system drops the lock of a process that dies, however it dies, so a lock file that was left behind refuses
     nobody. Workers that outlive a killed process do not hold it: such locks are not inherited.
-    Errors: another process that is alive trains there.
+    Errors: another process that is alive has it; the message ends with the `remedy`.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     try:
-        handle = _acquire(path)
+        handle = _acquire(path, remedy)
         try:
             yield
         finally:
@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
             new.rmdir()
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, remedy: str) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -48,8 +48,7 @@ def _acquire(path: Path) -> int:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from None
             raise ValueError(
-                f"{path.parent} is in use by another job (process {owner or 'unknown'}): "
-                "wait for it, stop it, or choose another --out"
+                f"{path.parent} is in use by another job (process {owner or 'unknown'}): {remedy}"
             ) from None
         if still_there(path, handle):
             os.ftruncate(handle, 0)

@@ -1,6 +1,6 @@
 """What CLIP_benchmark and torchmetrics say about one small data set; run it where both are installed to make it anew.
 
-    pip install clip-benchmark==1.6.2 torchmetrics==1.9.0 && python -m tests.eval.golden_retrieval
+pip install clip-benchmark==1.6.2 torchmetrics==1.9.0 && python -m tests.eval.golden_retrieval
 """
 
 import json

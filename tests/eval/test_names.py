@@ -44,7 +44,9 @@ def lavis_report(scores: Tensor, owner: Tensor) -> dict[str, float]:
     }
     found = {f"{w}_r{k}": 100.0 * sum(p < k for p in places) / len(places) for w, places in place.items() for k in KS}
     means = {f"{w}_r_mean": sum(found[f"{w}_r{k}"] for k in KS) / 3 for w in place}
-    return found | means | {"r_mean": (means["txt_r_mean"] + means["img_r_mean"]) / 2, "agg_metrics": means["txt_r_mean"]}
+    return (
+        found | means | {"r_mean": (means["txt_r_mean"] + means["img_r_mean"]) / 2, "agg_metrics": means["txt_r_mean"]}
+    )
 
 
 def test_lavis_names_hold_what_lavis_computes() -> None:

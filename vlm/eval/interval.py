@@ -120,7 +120,7 @@ class _Groups:
 
         def mean(weights: Sequence[Float[np.ndarray, "d G"]]) -> Float[np.ndarray, "d"]:
             heavy = np.concatenate(weights, axis=1)
-            return (heavy @ sums) / (heavy @ sizes)
+            return np.asarray((heavy @ sums) / (heavy @ sizes))
 
         return mean
 
@@ -134,7 +134,7 @@ class _Groups:
             upto = np.concatenate(weights, axis=1)[:, owner].cumsum(1)
             total = upto[:, -1:]
             middle = [ordered[(upto > place).argmax(1)] for place in ((total - 1) // 2, total // 2)]
-            return (middle[0] + middle[1]) / 2
+            return np.asarray((middle[0] + middle[1]) / 2)
 
         return median
 

@@ -113,7 +113,7 @@ def _with_sum(t2i: dict[str, float], i2t: dict[str, float]) -> Summary:
 
 
 class _Sorted:
-    """Vectors in the order of their ids, in fp32 at least; taken a part at a time, so that none of it is a copy of all."""
+    """Vectors in the order of their ids, in fp32 at least; given out in parts, so that nothing is a copy of all."""
 
     def __init__(self, vectors: Float[Tensor, "n *rest"], ids: Int[Tensor, "n"], dtype: torch.dtype) -> None:
         assert len(vectors) == len(ids), "one id per image and per text"
@@ -174,7 +174,7 @@ class _Pool:
     def count(
         self, columns: slice, bars: tuple[Tensor, Tensor], t2i: Float[Tensor, "m"], i2t: Float[Tensor, "N"]
     ) -> None:
-        """Adds what these texts and all images find in front of their positives; exact, as sums of floats below 2^53."""
+        """Adds what these texts and all images find in front of their positives; floats, exact below 2^53."""
         text_bar, image_bar = bars[0][columns], bars[1][:, None]
         for rows, scores, near in self.tiles(columns):
             if near.start < near.stop:

@@ -40,7 +40,7 @@ def interval(
     bounds: tuple[float, float] | None = None,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
-    """The 95 % interval of the mean or median of `values`, which come in `groups`; in any order of the queries the same.
+    """The 95 % interval of the mean or median of `values`, which come in `groups`; the order does not matter.
 
     `bounds`: what a value can be at least and at most. Where all values stand at one bound the bootstrap has nothing to
     vary, and would be sure; the exact binomial interval over groups takes its place (Clopper & Pearson 1934).

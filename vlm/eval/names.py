@@ -1,8 +1,10 @@
 """The names of figures in other tools: what LAVIS logs and what CLIP_benchmark writes.
 
-Ours say which way they go: "t2i" has texts as queries, images as gallery. Theirs name what is retrieved: LAVIS' txt_* and
-CLIP_benchmark's text_retrieval are image to text. LAVIS: lavis/tasks/retrieval.py, percent. CLIP_benchmark 1.6:
-clip_benchmark/metrics/zeroshot_retrieval.py and zeroshot_classification.py, fractions; its cli.py writes the file.
+Ours say which way they go: "t2i" has texts as queries and images as gallery. Theirs name what is retrieved: LAVIS'
+txt_* and CLIP_benchmark's text_retrieval are image to text.
+
+LAVIS: lavis/tasks/retrieval.py, percent. CLIP_benchmark 1.6: clip_benchmark/metrics/zeroshot_retrieval.py and
+zeroshot_classification.py, fractions; its cli.py writes the file.
 """
 
 import math

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,15 @@ def test_the_record_is_a_row_of_clip_benchmarks_table(tmp_path: Path) -> None:
         read = next(csv.DictReader(file))
     assert read["model_fullname"] == "ViT-B-32 openai" and read["language"] == "en"
     assert float(read["image_retrieval_recall@5"]) == metrics["image_retrieval_recall@5"]
+
+
+def test_the_page_s_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/retrieval.md: an interval and a comparison; then LAVIS' names and CLIP_benchmark's record."""
+    page = (Path(__file__).parents[2] / "docs" / "retrieval.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "docs/retrieval.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(blocks) == 2 and len(printed) == 5
+    assert printed[2].startswith("Comparison(difference=0.0, ") and "p=1.0" in printed[2]
+    assert "'agg_metrics': 100.0" in printed[3] and "'image_retrieval_recall@5': 1.0" in printed[4]

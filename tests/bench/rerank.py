@@ -30,9 +30,9 @@ from vlm.model.vision import timm_encoder
 from vlm.model.vlm import VisionLanguageModel, need
 from vlm.nn.backend import fast_float32
 
-PICTURES, CAPTIONS, BATCH, K = 20, 5, 4, 16
+PICTURES, CAPTIONS, BATCH, K = 12, 5, 4, 8
 ENCODER, WIDTH, LAYERS, QUERIES = "vit_base_patch16_224", 192, 12, 32
-PLAIN = 12  # pairs that the plain loop is timed on
+PLAIN = 8  # pairs that the plain loop is timed on
 WORDS = [
     "a",
     "photo",
@@ -99,7 +99,7 @@ def one_pair(model: VisionLanguageModel, pixels: Tensor, words: Tensor) -> Tenso
 
 def check(model: VisionLanguageModel, features: Features, given: Given) -> None:
     """Both sides give the same score, less the contrastive logit that `match_pairs` adds."""
-    image, text = torch.tensor([0, 0, 3, 7]), torch.tensor([1, 40, 2, 99])
+    image, text = torch.tensor([0, 0, 3, 7]), torch.tensor([1, 40, 2, 59])
     cosine = torch.einsum("pqe,pe->pq", features.image[image], features.text[text]).amax(1)
     scale = inverse_temperature(need(model.contrast, "contrastive head").log_scale)
     mine = match_pairs(model, features, image, text) - cosine * scale

@@ -54,7 +54,7 @@ def test_evaluate_prints_json(folder: Path, capsys: pytest.CaptureFixture[str], 
     assert set(result) == {"retrieval", "chance", "counts"}
     assert set(result["retrieval"]) == found
     for summary in (*result["retrieval"].values(), result["chance"]):
-        assert set(summary) == WAYS
+        assert set(summary) == {*WAYS, "rsum"}
         assert all(set(summary[way]) == MEASURES for way in WAYS)
     assert result["counts"] == {"images": 8, "captions": 8, "unusable": {}, "rerank_k": 16}
     assert result["chance"]["t2i"]["R@1"] == pytest.approx(12.5)

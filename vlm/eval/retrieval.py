@@ -42,7 +42,7 @@ def rank_counts(
 ) -> Ranks:
     """Ranks in both directions from one pass over the scores, max over Q of image . text.
 
-    `chunk` bounds a tile to chunk x chunk scores; it changes speed and memory, not the ranks.
+    `chunk` bounds a tile to about chunk x chunk scores; it changes speed and memory, not the ranks.
     ValueError: features that are not finite, or a query without any positive.
     """
     with fast_float32():
@@ -152,7 +152,8 @@ class _Pool:
         _positives(image_ids, text_ids, "image", "text")
         dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
         self.image, self.text = _Sorted(image, image_ids, dtype), _Sorted(text, text_ids, dtype)
-        self.columns, self.rows = chunk, max(1, chunk // image.shape[1])
+        # Tall tiles were the fastest of several shapes.
+        self.columns, self.rows = max(1, chunk // 2), max(1, 2 * chunk // image.shape[1])
         self.slack = self._rounding(text.shape[1], torch.finfo(dtype))
 
     def _rounding(self, width: int, numbers: torch.finfo) -> float:

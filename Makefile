@@ -53,6 +53,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.features
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.load
+	$(BIN)/python -m tests.bench.retrieval
+	$(BIN)/python -m tests.bench.rerank
 
 language-models: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.language_models

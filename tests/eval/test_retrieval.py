@@ -103,6 +103,36 @@ def test_a_perfect_model_with_five_captions_has_100_percent() -> None:
     text_ids = torch.arange(40).repeat_interleave(5)
     result = summarize(rank_counts(image[:, None], image[text_ids], torch.arange(40), text_ids))
     assert result["t2i"]["R@1"] == result["i2t"]["R@1"] == 100
+    assert result["rsum"] == 600
+
+
+# Rules of other tools that flatter or punish, beside ours on the same data.
+
+
+def test_counting_higher_scores_takes_nan_for_perfect() -> None:
+    """A rank of 1 + (scores above the positive's): NaN is above nothing, so features of NaN have R@1 of 100 %."""
+    scores = torch.full((6, 6), math.nan)
+    assert (1 + (scores > scores.diag()[:, None]).sum(1)).tolist() == [1] * 6
+    with pytest.raises(ValueError, match="6 of 6 image vectors are not finite"):
+        rank_counts(scores[:, None], torch.eye(6), torch.arange(6), torch.arange(6))
+
+
+def test_sorting_takes_ties_for_hits() -> None:
+    """The k first of equal scores are whatever the sort leaves there: a collapsed model finds k of N by its order."""
+    scores, ids = torch.zeros(20, 20), torch.arange(20)
+    hits = (scores.topk(5, dim=1).indices == ids[:, None]).any(1)
+    assert hits.double().mean() >= 0.25 - 1e-9
+    assert summarize(rank_counts(scores[:, None], torch.eye(20), ids, ids))["i2t"]["R@5"] == 0
+
+
+def test_pairing_punishes_five_captions() -> None:
+    """One caption counted as the answer, the image's four others as wrong: a perfect model has R@1 of 20 %."""
+    image = torch.nn.functional.normalize(torch.randn(30, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    owner = torch.arange(30).repeat_interleave(5)
+    scores = image[owner] @ image[owner].T  # each caption with its image, as a data set of pairs has them
+    first = scores.argmax(1) == torch.arange(150)
+    assert first.double().mean() <= 0.25
+    assert set(rank_counts(image[:, None], image[owner], torch.arange(30), owner).i2t.tolist()) == {1}
 
 
 @given(data_sets(), st.integers(1, 7))
@@ -164,12 +194,14 @@ def test_summary_by_hand() -> None:
     result = summarize(Ranks(t2i=torch.tensor([1, 3, 7, 2]), i2t=torch.tensor([12])), ks=(1, 2, 10))
     assert result["t2i"] == {"R@1": 25, "R@2": 50, "R@10": 100, "mean_rank": 3.25, "median_rank": 2.5}
     assert result["i2t"] == {"R@1": 0, "R@2": 0, "R@10": 0, "mean_rank": 12, "median_rank": 12}
+    assert result["rsum"] == 25 + 50 + 100
 
 
 def test_chance_of_single_positives_by_hand() -> None:
     result = chance(torch.arange(503), torch.arange(503))
     expected = {"R@1": 100 / 503, "R@5": 500 / 503, "R@10": 1000 / 503, "mean_rank": 252, "median_rank": 252}
     assert result["t2i"] == pytest.approx(expected) and result["i2t"] == pytest.approx(expected)
+    assert result["rsum"] == pytest.approx(3200 / 503)
     assert chance(torch.arange(4), torch.arange(4))["t2i"]["median_rank"] == 2.5
     assert chance(torch.arange(4), torch.arange(4))["t2i"]["R@10"] == pytest.approx(100)
 
@@ -187,6 +219,7 @@ def test_chance_of_mixed_positives_equals_a_random_model() -> None:
     expected = chance(image_ids, text_ids)
     for way in ("t2i", "i2t"):
         assert seen[way] == pytest.approx(expected[way], rel=0.06)
+    assert seen["rsum"] == pytest.approx(expected["rsum"], rel=0.03)
 
 
 def table_match(table: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -254,5 +287,6 @@ def test_bad_rerank_input_is_refused() -> None:
         rerank(*data, lambda i, t: torch.where(i == 1, math.nan, 0.0), k=2)
     with pytest.raises(ValueError, match="expected one a pair"):
         rerank(*data, lambda i, t: torch.zeros(len(i), 2), k=2)
-    with pytest.raises(ValueError, match="chunk=0"):
-        rank_counts(*data, chunk=0)
+    for chunk in (0, 2**16 + 1):
+        with pytest.raises(ValueError, match=rf"chunk={chunk}: must be 1 to 65536"):
+            rank_counts(*data, chunk=chunk)

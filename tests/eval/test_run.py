@@ -57,7 +57,7 @@ def test_evaluate_prints_json(folder: Path, capsys: pytest.CaptureFixture[str], 
     result = printed["tasks"]["retrieval"]
     assert set(result["metrics"]) == found
     for summary in (*result["metrics"].values(), result["chance"]):
-        assert set(summary) == {*WAYS, "rSum"}
+        assert set(summary) == {*WAYS, "rsum"}
         assert all(set(summary[way]) == MEASURES for way in WAYS)
     assert result["counts"] == {"images": 8, "captions": 8, "unusable": {}}
     assert result["chance"]["t2i"]["R@1"] == pytest.approx(12.5)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from tests.eval.noisy import noisy
 from tests.tiny import COLOURS, pack, picture
+from vlm.eval.names import clip_benchmark_classification
 from vlm.eval.prompts import Classes, describe, read_names, read_templates
 from vlm.eval.report import Page, render
-from vlm.eval.zeroshot import as_clip_benchmark, chance, classifier, classify, classify_images, summarize
+from vlm.eval.zeroshot import chance, classifier, classify, classify_images, summarize
 from vlm.restore import Ready
 
 NAMES = list(COLOURS)
@@ -59,7 +60,7 @@ def by_group(folder: Path, **fields: Any) -> Path:
 
 def test_equal_to_clip_benchmark(ready: Ready, tmp_path: Path) -> None:
     found = classify(ready, [str(benchmark(tmp_path / "set"))])
-    theirs = as_clip_benchmark(dict(found.metrics))
+    theirs = clip_benchmark_classification(dict(found.metrics))
     assert theirs == pytest.approx({name: GOLDEN[name] for name in theirs}, abs=1e-9)
     assert found.counts == {"images": 37, "classes": 8, "prompts": 24, "unusable": {}}
     assert found.protocol["templates"] == TEMPLATES
@@ -116,7 +117,7 @@ def test_figures_by_hand() -> None:
         "mean_per_class_recall": pytest.approx(100 / 3),
         "most_frequent_class": 50,
     }
-    assert math.isnan(as_clip_benchmark(figures)["acc5"])
+    assert math.isnan(clip_benchmark_classification(figures)["acc5"])
 
 
 # --- a whole evaluation ----------------------------------------------------------------------------------------------

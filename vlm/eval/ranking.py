@@ -65,12 +65,12 @@ class Ranked:
 
     def summary(self, way: str) -> dict[str, Any]:
         """Figures of a method, the mean over the folds."""
-        return mean_over_folds([_with_sum(summarize(fold.ranks[way])) for fold in self.folds])
+        return mean_over_folds([summarize(fold.ranks[way]) for fold in self.folds])
 
     def chance(self, ks: Sequence[int] = KS) -> dict[str, Any]:
         """What a random ranking is expected to get."""
         parts = [fold.features for fold in self.folds]
-        return mean_over_folds([_with_sum(chance(part.image_ids, part.text_ids, ks)) for part in parts])
+        return mean_over_folds([chance(part.image_ids, part.text_ids, ks) for part in parts])
 
     @property
     def sizes(self) -> dict[Side, int]:
@@ -130,12 +130,6 @@ def _ranked(model: VisionLanguageModel, features: Features, k: int) -> Fold:
 
         fold.ranks["itm"] = rerank(*arguments, match=match, k=k)
     return fold
-
-
-def _with_sum(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """rSum: of the recalls at 1, 5 and 10, both ways."""
-    recalls = [summary[side].get(f"R@{k}", 0.0) for side in WAYS for k in KS]
-    return {**{side: summary[side] for side in WAYS}, "rSum": sum(recalls)}
 
 
 def retrieval_task(trained: Ready, data: EvaluationData, k: int, seed: int, folder: Path | None = None) -> Outcome:
@@ -209,7 +203,7 @@ def figures(ranked: Ranked, within: Mapping[str, tuple[float, float]]) -> Table:
             else:
                 means = [f"{found[way][side][name]:.1f}" for way in found]
                 rows.append([f"{arrow} {name.replace('_', ' ')}", f"{guess:.1f}", *means])
-    rows.append(["rSum", f"{floor['rSum']:.1f}", *(f"{found[way]['rSum']:.1f}" for way in found)])
+    rows.append(["rSum", f"{floor['rsum']:.1f}", *(f"{found[way]['rsum']:.1f}" for way in found)])
     note = "Any of several matches counts; ties count against the model. Below each recall its 95 % interval."
     return Table("Retrieval", ["", "Chance", *ranked.methods.values()], rows, note)
 

@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm.eval.names import clip_benchmark_record, clip_benchmark_retrieval, lavis
-from vlm.eval.zeroshot import as_clip_benchmark
+from vlm.eval.names import clip_benchmark_classification, clip_benchmark_record, clip_benchmark_retrieval, lavis
 
 Names = Literal["lavis", "clip_benchmark"]
 
@@ -30,7 +29,7 @@ def renamed(record: Mapping[str, Any], names: Names) -> dict[str, Any]:
     metrics = told["metrics"]
     if names == "lavis":
         return lavis(list(metrics.values())[-1])
-    found = clip_benchmark_retrieval(metrics["itc"]) if task == "retrieval" else as_clip_benchmark(metrics)
+    found = clip_benchmark_retrieval(metrics["itc"]) if task == "retrieval" else clip_benchmark_classification(metrics)
     model = record["model"]
     dataset = Path(record["data"]["shards"][0]).stem
     return clip_benchmark_record(found, f"zeroshot_{task}", dataset, Path(model["name"]).name, model["weights"][:12])

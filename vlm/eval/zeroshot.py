@@ -107,12 +107,6 @@ def chance(label: Int[Tensor, "N"], classes: int) -> dict[str, float | None]:
     }
 
 
-def as_clip_benchmark(metrics: dict[str, Any]) -> dict[str, float]:
-    """Under the names of CLIP_benchmark, as shares; NaN for a top-5 that is none."""
-    names = {"acc1": "top1", "acc5": "top5", "mean_per_class_recall": "mean_per_class_recall"}
-    return {theirs: math.nan if metrics[ours] is None else metrics[ours] / 100 for theirs, ours in names.items()}
-
-
 def classify(
     ready: Ready,
     names: Sequence[str],

@@ -1,9 +1,11 @@
 """The verbs: arguments only. A verb imports what it runs, so that help and wrong arguments cost no torch.
 
-Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 terminated.
+Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 141 nobody reads
+on, 143 terminated.
 """
 
 import os
+import signal
 import sys
 from json import dumps
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Literal
 import click
 
 from vlm import __version__
+from vlm.cli_caption import caption
 from vlm.cli_options import (
     config_argument,
     folder,
@@ -103,36 +106,6 @@ def train(
 
 
 @app.command()
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@model_option
-@part_option
-@json_option
-@click.option("--question", metavar="TEXT", help="What to answer about each image, by a model that answers questions.")
-@click.option("--max-new", type=int, help="Tokens of the longest caption; the model's own limit unless given.")
-@click.option("--min-new", type=int, default=0, help="Tokens of the shortest caption.")
-@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above 0 draws.")
-@click.option("--top-k", type=int, help="Draw among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
-@click.option("--seed", type=int, default=0, help="Of the draws.")
-def caption(
-    model: str,
-    images: tuple[str, ...],
-    parts: dict[str, str],
-    json: bool,
-    question: str | None,
-    **sampling: int | float | None,
-) -> None:
-    """Describe images, or answer a question about each.
-
-    IMAGE is a file, a folder, or - for a list on standard input.
-    """
-    from vlm.captioning.run import caption as describe
-
-    describe(model, list(images), json=json, parts=parts, question=question, **sampling)  # type: ignore[arg-type]  # click made each of its type
-
-
-@app.command()
 @click.argument("shards", nargs=-1, required=True, metavar="SHARDS...")
 @model_option
 @part_option
@@ -204,6 +177,7 @@ def models(json: bool) -> None:
         show(as_table())
 
 
+app.add_command(caption)
 app.add_command(shards)
 
 
@@ -216,6 +190,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
+    except BrokenPipeError:
+        # Nobody reads on (`| head`): what is still to be flushed at the end has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         if os.environ.get("VLM_TRACEBACK"):
             raise

@@ -1,0 +1,177 @@
+"""`vlm caption` on photos of 12 megapixels beside a loop over transformers' `generate`, one picture at a time.
+
+A small BLIP-2 of random weights in a published folder, opened by both with its processor; greedy captions of 20 tokens.
+The photos are generated: the spectrum of real ones (amplitude 1/f), 4000 x 3000, JPEG. CPU time at one thread; what is
+no work of the model (reading, decoding, resizing, output) is told apart, in pictures a second of one core.
+    python -m tests.bench.caption_files [--pictures 200] [--round 20]
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessor, OPTConfig
+from transformers.utils import logging
+
+from tests.folders import merges
+from tests.parity.noise import noise
+from vlm.captioning import run
+from vlm.captioning.speak import Speaker, written
+from vlm.captioning.wishes import Words, Work
+from vlm.data.image import decode
+from vlm.model.generate import Sampling
+from vlm.ready import open_model
+
+NEW, SIDE, WIDE, HIGH, FIELDS = 20, 224, 4000, 3000, 4
+WORDS = Words(max_new=NEW, min_new=NEW)
+
+
+def fields(count: int) -> Iterator[np.ndarray]:
+    """Noise whose amplitude falls as 1/f, mostly grey, with the range of a photo."""
+    y, x = np.fft.fftfreq(HIGH)[:, None], np.fft.rfftfreq(WIDE)[None]
+    fall = (1 / np.maximum(np.hypot(y, x), 1 / WIDE)).astype(np.float32)
+    maker = np.random.default_rng(0)
+    for _ in range(count):
+        planes = []
+        for share in (1.0, 0.25, 0.25):
+            drawn = np.fft.irfft2(np.fft.rfft2(maker.standard_normal((HIGH, WIDE), np.float32)) * fall, (HIGH, WIDE))
+            planes.append(share * drawn / drawn.std())
+        grey, red, blue = planes
+        rgb = np.stack([grey + red, grey - 0.5 * (red + blue), grey + blue], 2)
+        yield np.clip(rgb * 45 + 120, 0, 255).astype(np.uint8)
+
+
+def photos(folder: Path, count: int) -> list[Path]:
+    """No two alike: each a shifted, perhaps turned field."""
+    maker, found = np.random.default_rng(1), list[Path]()
+    for field in fields(FIELDS):
+        for _ in range(-(-count // FIELDS)):
+            moved = np.roll(field, maker.integers(0, 3000, 2), (0, 1))[
+                :: maker.choice([1, -1]), :: maker.choice([1, -1])
+            ]
+            found.append(folder / f"{len(found):04d}.jpg")
+            Image.fromarray(np.ascontiguousarray(moved)).save(found[-1], quality=90)
+    return found[:count]
+
+
+def published(folder: Path) -> Path:
+    """BLIP-2 of 50M parameters: a ViT of 6 layers, a Q-Former of 6, OPT of 6."""
+    torch.manual_seed(0)
+    tokenizer = merges(folder)
+    size, heads = len(tokenizer), {"num_attention_heads": 6, "num_hidden_layers": 6}
+    eyes = {"hidden_size": 384, "intermediate_size": 1536, "image_size": SIDE, "patch_size": 16, **heads}
+    qformer = {"hidden_size": 384, "intermediate_size": 1536, "encoder_hidden_size": 384, "vocab_size": 60, **heads}
+    text = OPTConfig(
+        vocab_size=size, hidden_size=384, ffn_dim=1536, word_embed_proj_dim=384, max_position_embeddings=128,
+        bos_token_id=2, pad_token_id=1, eos_token_id=2, **heads,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=eyes, qformer_config={**qformer, "cross_attention_frequency": 2}, text_config=text.to_dict(),
+        num_query_tokens=32, image_token_id=size - 1,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config).eval()
+    noise(model, scale=0.06)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    pixels = BlipImageProcessor(size={"height": SIDE, "width": SIDE})
+    pixels.save_pretrained(folder)
+    return folder
+
+
+class Theirs:
+    """The loop that people write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+        tokenizer = merges(folder)
+        self.processor = Blip2Processor(BlipImageProcessor.from_pretrained(folder), tokenizer, num_query_tokens=32)
+
+    @torch.no_grad()
+    def __call__(self, paths: Sequence[Path]) -> list[str]:
+        found = []
+        for path in paths:
+            given = self.processor(images=Image.open(path), text="a photo of", return_tensors="pt")
+            given.pop("token_type_ids", None)
+            ids = self.model.generate(**given, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)[0]
+            new = ids[given["input_ids"].shape[1] :]
+            found.append(" ".join(self.processor.tokenizer.decode(new, skip_special_tokens=True).split()))
+        return found
+
+
+@contextmanager
+def timed_model() -> Iterator[list[float]]:
+    """CPU seconds of the thread that runs the model, while it does."""
+    spent: list[float] = []
+    original = Speaker.__call__
+
+    def measured(self: Speaker, names: Sequence[str], pixels: Sequence[torch.Tensor]) -> list:
+        begin = time.thread_time()
+        try:
+            return original(self, names, pixels)
+        finally:
+            spent.append(time.thread_time() - begin)
+
+    Speaker.__call__ = measured
+    yield spent
+    Speaker.__call__ = original
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--round", type=int, default=20, help="pictures of a turn")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as place, timed_model() as spent:
+        (Path(place) / "photos").mkdir()
+        paths = photos(Path(place) / "photos", given.pictures)
+        megabytes = statistics.mean(path.stat().st_size for path in paths) / 1e6
+        folder = published(Path(place) / "model")
+        theirs, ready = Theirs(folder), open_model(str(folder))
+        run.open_model = lambda *_: ready  # loading is no part of what is timed
+        size = sum(parameter.numel() for parameter in ready.model.parameters()) / 1e6
+        print(f"{len(paths)} JPEGs of {WIDE} x {HIGH}, {megabytes:.1f} MB; BLIP-2 of {size:.0f}M, {NEW} tokens, fp32")
+
+        pixels = torch.stack([ready.model.vision.transform(decode(path.read_bytes())) for path in paths[:2]])
+        exact = [row[0].text for row in written(ready, pixels, Sampling(NEW, NEW))]
+        assert exact == theirs(paths[:2]), "at full size the captions are those of transformers"
+
+        out, ours = (
+            Path(place) / "captions.jsonl",
+            Work(format="jsonl", output=Path(place) / "captions.jsonl", overwrite=True),
+        )
+        run.caption("model", [str(path) for path in paths[:4]], WORDS, ours)  # warm
+        seconds: dict[str, list[float]] = {"transformers": [], "ours": [], "model": []}
+        same = 0
+        for first in range(0, len(paths), given.round):
+            part = paths[first : first + given.round]
+            spent.clear()
+            begin = time.process_time()
+            run.caption("model", [str(path) for path in part], WORDS, ours)
+            seconds["ours"].append(time.process_time() - begin)
+            seconds["model"].append(sum(spent))
+            begin = time.process_time()
+            wanted = theirs(part)
+            seconds["transformers"].append(time.process_time() - begin)
+            said = [json.loads(line)["caption"] for line in out.read_text(encoding="utf-8").splitlines()]
+            same += sum(a == b for a, b in zip(said, wanted, strict=True))
+        ratio = statistics.median(t / o for t, o in zip(seconds["transformers"], seconds["ours"], strict=True))
+        ours_each, model_each, their_each = (sum(seconds[k]) / len(paths) for k in ("ours", "model", "transformers"))
+        print(f"transformers, one at a time: {1 / their_each:.2f} pictures a second of CPU time")
+        print(f"vlm caption: {1 / ours_each:.2f}; ratio {ratio:.2f} (median of {len(seconds['ours'])} turns)")
+        print(f"  without the model: {1 / (ours_each - model_each):.1f} pictures a second of one core")
+        print(f"  {same} of {len(paths)} captions are those of full-size decoding")
+
+
+if __name__ == "__main__":
+    main()

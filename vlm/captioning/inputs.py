@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
-from io import RawIOBase
+from io import BufferedIOBase, RawIOBase
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from vlm.data import fetch
 from vlm.data.image import BadSample
@@ -42,7 +41,7 @@ class Given:
     """What the command line names, and how it is to be read; `stdin` is where `-` reads its list."""
 
     names: Sequence[str]
-    stdin: BinaryIO | RawIOBase
+    stdin: RawIOBase | BufferedIOBase
     null: bool = False
     allow_url: bool = False
 
@@ -111,7 +110,7 @@ def _some(found: Iterator[Named], problem: str) -> Iterator[Named]:
     yield from found
 
 
-def names_in(stream: BinaryIO | RawIOBase, null: bool) -> Iterator[str]:
+def names_in(stream: RawIOBase | BufferedIOBase, null: bool) -> Iterator[str]:
     """Names in a list, one a line or ended by zero bytes, as they come. ValueError: it is no such list."""
     end, held = b"\0" if null else b"\n", b""
     while chunk := stream.read(_CHUNK):
@@ -170,8 +169,14 @@ def is_picture(name: str) -> bool:
 
 
 def matching(pattern: str) -> Iterator[Named]:
-    """Pictures and shards that match, sorted; ** stands for any folders."""
-    for name in sorted(glob.iglob(pattern, recursive=True)):
+    """Pictures and shards that match, sorted, without hidden ones; ** stands for any folders, links left out."""
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root, rest = Path(*parts[:first]), Path(*parts[first:], *(["*"] if parts[-1] == "**" else []))
+    for path in sorted(root.glob(str(rest))):
+        name = str(path)
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
         if name.lower().endswith(SHARD):
             yield from tar(name)
         elif is_picture(name) and not os.path.isdir(name):

@@ -166,8 +166,8 @@ class ImageTransform:
     Values differ from PIL's by rounding alone: seldom by one of 255 levels, hardly ever by two.
     `size` is (height, width). "shortest" fits the shorter side and cuts the middle, "squash" ignores proportions,
     "longest" fits the longer side and pads with `fill`, "padded" pads to a square first (LLaVA). `crop_fraction`
-    (timm's crop_pct): share of the sides kept. `scaled`: JPEGs are decoded at a fraction of their size first, as long as
-    they keep so many times the pixels needed; 0: never. Faster, and a little different, less so for larger numbers.
+    (timm's crop_pct): share of the sides kept. `scaled`: JPEGs are decoded at a fraction of their size first, as long
+    as they keep so many times the pixels needed; 0: never. Faster, and a little different, less so for large numbers.
     `floored`: a middle between two pixels is at the first, not at the even one (transformers' processors).
     """
 

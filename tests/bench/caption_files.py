@@ -68,11 +68,12 @@ def published(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = merges(folder)
     size, heads = len(tokenizer), {"num_attention_heads": 6, "num_hidden_layers": 6}
+    eos = tokenizer.convert_tokens_to_ids("Ċ")  # as published: a line's end
     eyes = {"hidden_size": 384, "intermediate_size": 1536, "image_size": SIDE, "patch_size": 16, **heads}
     qformer = {"hidden_size": 384, "intermediate_size": 1536, "encoder_hidden_size": 384, "vocab_size": 60, **heads}
     text = OPTConfig(
         vocab_size=size, hidden_size=384, ffn_dim=1536, word_embed_proj_dim=384, max_position_embeddings=128,
-        bos_token_id=2, pad_token_id=1, eos_token_id=2, **heads,
+        bos_token_id=2, pad_token_id=1, eos_token_id=eos, **heads,
     )  # fmt: skip
     config = Blip2Config(
         vision_config=eyes, qformer_config={**qformer, "cross_attention_frequency": 2}, text_config=text.to_dict(),
@@ -81,7 +82,7 @@ def published(folder: Path) -> Path:
     model = Blip2ForConditionalGeneration(config).eval()
     noise(model, scale=0.06)
     model.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     pixels = BlipImageProcessor(size={"height": SIDE, "width": SIDE})
     pixels.save_pretrained(folder)
     return folder

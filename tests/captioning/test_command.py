@@ -228,6 +228,18 @@ def test_a_list_that_is_none(vlm: Commands, place: Path) -> None:
     assert (done.code, done.out, done.err) == (2, "", message)
 
 
+def test_no_standard_input(place: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f"{shlex.quote(sys.executable)} -m vlm caption - -m run <&-"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "vlm: -: there is no standard input: Bad file descriptor\n",
+    )
+
+
 def test_sidecars_are_not_lost(vlm: Commands, place: Path) -> None:
     (place / "p" / "red.txt").write_text("written by hand\n")
     done = run(vlm, place, "p --format sidecar")

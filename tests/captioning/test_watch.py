@@ -47,6 +47,12 @@ def test_what_is_there_is_left_alone_unless_asked_for(tmp_path: Path) -> None:
     assert told(tmp_path, nothing, nothing, all_of_them=True) == ["old.png"]
 
 
+def test_what_comes_before_the_first_is_asked_for_is_new(tmp_path: Path) -> None:
+    found = arrivals(str(tmp_path), Looks(nothing, nothing))
+    write(tmp_path / "new.png")
+    assert [Path(one.name).name for one in found] == ["new.png"]
+
+
 def test_new_ones_once_they_stay_as_they_are(tmp_path: Path) -> None:
     new = tmp_path / "below" / "new.png"
     growing = [lambda: write(new, b"x", 1), lambda: write(new, b"xx", 2), lambda: write(new, b"xxx", 3)]

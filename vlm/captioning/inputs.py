@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
-from io import BufferedIOBase, RawIOBase
+from io import BufferedIOBase, FileIO, RawIOBase
 from itertools import islice
 from pathlib import Path
 
@@ -108,6 +108,14 @@ def _some(found: Iterator[Named], problem: str) -> Iterator[Named]:
         raise ValueError(problem)
     yield first
     yield from found
+
+
+def standard_input() -> RawIOBase:
+    """Without a buffer, so that what has come of a list can be had at once. ValueError: it was closed."""
+    try:
+        return FileIO(0, closefd=False)
+    except OSError as error:
+        raise ValueError(f"{STDIN}: there is no standard input: {error.strerror}") from None
 
 
 def names_in(stream: RawIOBase | BufferedIOBase, null: bool) -> Iterator[str]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from io import FileIO
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from threading import Event
@@ -15,7 +15,7 @@ from torch import Tensor
 from vlm.captioning import output
 from vlm.captioning.ahead import Ahead
 from vlm.captioning.formats import Result, reason
-from vlm.captioning.inputs import Given, Named
+from vlm.captioning.inputs import STDIN, Given, Named, standard_input
 from vlm.captioning.progress import Meter
 from vlm.captioning.speak import Speaker, chosen_device, set_precision, written
 from vlm.captioning.watch import arrivals
@@ -44,7 +44,7 @@ def caption(
     on standard input that is none.
     """
     words, work = words or Words(), work or Work()
-    given = Given(images, FileIO(0, closefd=False), work.null, work.allow_url)
+    given = Given(images, standard_input() if STDIN in images else BytesIO(), work.null, work.allow_url)
     given.check()
     output.check(work)
     ready = open_model(model, chosen_device(work.device), parts)
@@ -145,4 +145,4 @@ def captions(
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:
     """Files as named, and the pictures of folders in order. ValueError: nothing of that name, or no picture in it."""
-    return (Path(named.name) for named in Given(list(names), FileIO(0, closefd=False)))
+    return (Path(named.name) for named in Given(list(names), BytesIO()))

@@ -16,7 +16,11 @@ def arrivals(folder: str, stop: Event, all_of_them: bool = False) -> Iterator[Na
     Complete is what has the same size and time at two looks: a file under another name until it is whole (rename), and
     one that is written slowly. `all_of_them`: those too that are there already. FileNotFoundError: the folder is gone.
     """
-    told = {} if all_of_them else dict(_looked(folder))
+    # Looked at now, not when the first is asked for: what arrives until then is new.
+    return _arrivals(folder, stop, {} if all_of_them else dict(_looked(folder)))
+
+
+def _arrivals(folder: str, stop: Event, told: dict[str, Stamp]) -> Iterator[Named]:
     waiting: dict[str, Stamp] = {}
     while not stop.is_set():
         now = dict(_looked(folder))

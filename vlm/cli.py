@@ -1,11 +1,9 @@
 """The verbs: arguments only. A verb imports what it runs, so that help and wrong arguments cost no torch.
 
-Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 141 nobody reads
-on, 143 terminated.
+Results go to stdout, all else to stderr. Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted, 143 terminated.
 """
 
 import os
-import signal
 import sys
 from json import dumps
 from pathlib import Path
@@ -190,10 +188,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(130)
-    except BrokenPipeError:
-        # Nobody reads on (`| head`): what is still to be flushed at the end has nowhere to go either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError) as error:
         if os.environ.get("VLM_TRACEBACK"):
             raise

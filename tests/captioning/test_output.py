@@ -170,6 +170,7 @@ def test_files_that_are_not_to_be_written(tmp_path: Path) -> None:
     path = tmp_path / "o"
     assert refused(Work(output=tmp_path)) == f"--output {tmp_path}: is a folder; name a file in it"
     assert refused(Work(output=path / "o")) == f"--output {path / 'o'}: no such folder: {path}"
+    assert refused(Work(output=Path("/dev/full"))) == "--output /dev/full: is no plain file; take another one"
     path.touch()
     output.check(Work(output=path))  # empty, as mktemp makes it
     path.write_text("a.png\ta cat\n")
@@ -186,7 +187,12 @@ def test_files_that_are_not_to_be_written(tmp_path: Path) -> None:
     assert path.read_text() == "a.png\ta cat\n"
 
 
-def test_a_full_disk_is_told() -> None:
-    sink = output.Lines(Path("/dev/full"), "text", overwrite=False)
-    with pytest.raises(OSError, match="--output /dev/full: No space left on device; what was written before stays"):
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(output, "locked", lambda _: Full())
+    sink = output.opened(Work(output=tmp_path / "o"), 1)
+    with pytest.raises(OSError, match=r"/o: No space left on device; what was written before stays"):
         sink.put(said("a.png"))

@@ -4,11 +4,12 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +23,7 @@ JOURNAL = ".part"  # after the name of a file that can be written only as a whol
 _REMEDY = "--skip-existing goes on with it, --overwrite replaces it"
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Takes what is said of pictures, in order."""
 
@@ -45,6 +47,8 @@ def check(work: Work) -> None:
         return
     if path.is_dir():
         raise ValueError(f"--output {path}: is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output {path}: is no plain file; take another one")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--output {path}: no such folder: {path.parent}")
     there = [each for each in (path, _journal(path)) if each.is_file() and each.stat().st_size]
@@ -92,9 +96,13 @@ class Standard:
 
     @staticmethod
     def _write(text: str) -> None:
-        if text:
+        try:
             sys.stdout.buffer.write(_bytes(text))
             sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            # Nobody reads on (`| head`): what Python flushes at its end has nowhere to go either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 class Lines:

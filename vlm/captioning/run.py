@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -18,7 +19,7 @@ from vlm.captioning.formats import Result, reason
 from vlm.captioning.inputs import STDIN, Given, Named, standard_input
 from vlm.captioning.progress import Meter
 from vlm.captioning.speak import Speaker, chosen_device, set_precision, written
-from vlm.captioning.watch import arrivals
+from vlm.captioning.watch import arrivals, ended_by_term
 from vlm.captioning.wishes import Words, Work
 from vlm.data.image import BadSample, ImageTransform
 from vlm.model.generate import Decoding, Dice
@@ -71,9 +72,10 @@ def _run(speaker: Speaker, given: Iterable[Named], sink: output.Sink, meter: Met
     workers = work.workers or min(WORKERS, os.cpu_count() or 1)
     ahead = Ahead(_todo(named, sink, meter), partial(_prepare, transform), workers, 2 * speaker.size)
     try:
-        while taken := ahead.take(speaker.size):
-            for result in _said(speaker, taken):
-                _tell(result, sink, meter)
+        with nullcontext() if work.watch is None else ended_by_term():
+            while taken := ahead.take(speaker.size):
+                for result in _said(speaker, taken):
+                    _tell(result, sink, meter)
     except KeyboardInterrupt:
         if work.watch is None:
             raise

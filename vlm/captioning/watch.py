@@ -1,13 +1,25 @@
 """Pictures that arrive in a folder."""
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Event
 
 from vlm.captioning.inputs import Named, file, is_picture
 
 INTERVAL = 0.5  # seconds between two looks
 Stamp = tuple[int, int, int]  # size, time of change in nanoseconds, inode
+
+
+@contextmanager
+def ended_by_term() -> Iterator[None]:
+    """Inside, SIGTERM ends as Ctrl-C does: a service that is stopped has done its work."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def arrivals(folder: str, stop: Event, all_of_them: bool = False) -> Iterator[Named]:

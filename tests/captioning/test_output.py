@@ -39,7 +39,7 @@ def test_lines_of_each_format() -> None:
     cat = Result("a\t1.png", [Caption('a "big\n cat"', -0.51236, 4, "length"), Caption("a dog", -1.0, 2, "stop")])
     assert lines(cat, "text") == 'a\\t1.png\ta "big cat"\na\\t1.png\ta dog\n'
     assert lines(cat, "csv") == 'a\\t1.png,"a ""big cat""",length\na\\t1.png,a dog,stop\n'
-    assert lines(cat, "coco") == '{"image_id": "a\\t1", "caption": "a \\"big cat\\""}\n'
+    assert lines(cat, "coco") == '{"image_id": 1, "caption": "a \\"big cat\\""}\n'
     best = {"caption": 'a "big\n cat"', "finish_reason": "length", "tokens": 4, "score": -0.5124}
     second = {"caption": "a dog", "finish_reason": "stop", "tokens": 2, "score": -1.0}
     assert json.loads(lines(cat, "jsonl")) == {"image": "a\t1.png", **best, "captions": [best, second]}
@@ -75,7 +75,10 @@ def test_a_line_tells_its_picture(format: Format, name: str) -> None:
 
 @pytest.mark.parametrize("captions", [1, 2])
 @pytest.mark.parametrize("format", ["text", "jsonl", "csv"])
-def test_a_file_cut_at_any_byte_becomes_whole(format: Format, captions: int, tmp_path: Path) -> None:
+def test_a_file_cut_at_any_byte_becomes_whole(
+    format: Format, captions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # hundreds of them would wait for the disk
     results = [said(f"{i}.png", *["a cat", "an “ö”"][:captions]) for i in range(3)]
     filled(tmp_path / "whole", format, results, captions)
     whole, cut = (tmp_path / "whole").read_bytes(), tmp_path / "cut"

@@ -114,7 +114,11 @@ class Lines:
         self._file = locked(path)
         if overwrite:
             self._file.truncate(0)
-        self._done = _Digests(self._mended(captions))
+        try:
+            self._done = _Digests(self._mended(captions))
+        except ValueError:
+            self._file.close()
+            raise
         self._file.seek(0, os.SEEK_END)
         if not self._file.tell() and format == "csv":
             self._write(CSV_HEADER)

@@ -74,10 +74,6 @@ def test_captions_that_are_begun_go_on_and_hold_their_beginning() -> None:
         found = describe_several(model, tokenizer, pictures(4), TEMPLATE, 32, Sampling(9), begun=f" {begun} ")
         assert all(row[0].text.startswith(begun) for row in found) and found != free
         assert all(row[0].tokens <= 9 for row in found)
-    first = tokenizer.decode(tokenizer.encode(f" {free[0][0].text}")[:3]).strip()
-    assert free[0][0].text.startswith(first)
-    same = describe_several(model, tokenizer, pictures(1), TEMPLATE, 32, Sampling(16), begun=first)
-    assert same[0][0].text[:6] == free[0][0].text[:6]
 
 
 @pytest.mark.parametrize("decoding", [Sampling(16), Beams(3, max_new=9, returned=2), Sampling(5, temperature=2.0)])

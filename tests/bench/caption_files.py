@@ -30,6 +30,7 @@ from vlm.captioning.wishes import Words, Work
 from vlm.data.image import ImageTransform
 from vlm.model.generate import Sampling
 from vlm.ready import open_model
+from vlm.restore import Ready
 
 NEW, SIDE, WIDE, HIGH, FIELDS = 20, 224, 4000, 3000, 2
 WORDS = Words(max_new=NEW)
@@ -123,6 +124,16 @@ def levels(transform: ImageTransform, paths: Sequence[Path], seen: torch.Tensor)
         print(f"pixels of {name}: {gap.mean():.2f} levels from full-size decoding on average, {gap.max():.0f} at most")
 
 
+def alike(theirs: Theirs, ready: Ready, paths: Sequence[Path]) -> None:
+    """Whether both write the same about the same pixels, and how the pixels differ."""
+    seen = torch.cat([theirs.pixels(path)["pixel_values"] for path in paths])
+    # Theirs is told to leave control tokens out, of which <unk> is one to them.
+    said = [" ".join(row[0].text.replace("<unk>", "").split()) for row in written(ready, seen, Sampling(NEW))]
+    same = sum(a == b for a, b in zip(said, theirs(paths), strict=True))
+    print(f"of the same pixels {same} of {len(paths)} captions are the same")
+    levels(ready.model.vision.transform, paths, seen)
+
+
 @contextmanager
 def timed_model() -> Iterator[list[float]]:
     """CPU seconds of the thread that runs the model, while it does."""
@@ -162,12 +173,7 @@ def main() -> None:
         size = sum(parameter.numel() for parameter in ready.model.parameters()) / 1e6
         print(f"{len(paths)} JPEGs of {WIDE} x {HIGH}, {megabytes:.1f} MB; BLIP-2 of {size:.0f}M, {NEW} tokens, fp32")
 
-        seen = torch.cat([theirs.pixels(path)["pixel_values"] for path in paths[:3]])
-        # Theirs is told to leave control tokens out, of which <unk> is one to them.
-        said = [" ".join(row[0].text.replace("<unk>", "").split()) for row in written(ready, seen, Sampling(NEW))]
-        pairs = zip(said, theirs(paths[:3]), strict=True)
-        print(f"of the same pixels {sum(a == b for a, b in pairs)} of 3 captions are the same")
-        levels(ready.model.vision.transform, paths[:3], seen)
+        alike(theirs, ready, paths[:3])
 
         ours = Work(format="jsonl", output=Path(place) / "captions.jsonl", overwrite=True)
         run.caption("model", [str(path) for path in paths[:4]], WORDS, ours)  # warm

@@ -142,6 +142,7 @@ def test_devices_that_are_not_there(name: str) -> None:
 def test_precision(runs: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ready = restore(runs / kind)
     exact = [row[0].text for row in Speaker(ready, Words())(COLOURS, pixels(Speaker(ready, Words())))]
+    ready = restore(runs / kind)  # what was laid out for one type stays of it
     set_precision(ready.model, "auto")
     assert {parameter.dtype for parameter in ready.model.parameters()} == {torch.float32}  # small: nothing to gain
     monkeypatch.setattr(speak, "LARGE", 1)

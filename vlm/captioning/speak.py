@@ -125,6 +125,8 @@ def decoding(ready: Ready, words: Words) -> Decoding:
             return replace(how, returned=count)
     else:
         usual = min(data.max_tokens, ANSWER) if isinstance(data, ChatData) else data.max_tokens
+        if ready.model.language is None and words.prompt:  # a Q-Former's limit counts the words that are given too
+            usual = max(1, usual - len(ready.tokenizer.encode(words.prompt.strip())))
         longest = usual if words.max_new is None else words.max_new
         if words.min_new > longest:
             raise ValueError(

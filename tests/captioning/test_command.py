@@ -27,7 +27,8 @@ NAMES = ["black", "blue", "green", "more/cyan", "more/purple", "orange", "red", 
 def place(runs: Path, tmp_path: Path) -> Path:
     """A folder of its own with pictures and a model."""
     pictures(tmp_path / "p")
-    (tmp_path / "run").symlink_to(runs / "decoder")
+    for name, kind in (("run", "decoder"), ("clip", "clip")):  # whose encoder it took up
+        (tmp_path / name).symlink_to(runs / kind)
     return tmp_path
 
 

@@ -5,7 +5,7 @@ What `vlm caption` does, in the parts that it is made of.
 
 import sys
 
-from vlm.captioning.inputs import Given
+from vlm.captioning.inputs import Given, standard_input
 from vlm.captioning.speak import Speaker
 from vlm.captioning.wishes import Words
 from vlm.data.image import BadSample
@@ -18,7 +18,7 @@ def main(model: str, *names: str) -> None:
     greedy = Speaker(ready, Words())
     drawn = Speaker(ready, Words(temperature=0.7, top_p=0.9, captions=3))
 
-    for picture in Given(names, sys.stdin.buffer):  # files, folders, patterns, shards
+    for picture in Given(names, standard_input()):  # files, folders, patterns, shards
         try:
             pixels = greedy.transform.read(picture.read())
         except (BadSample, OSError) as error:

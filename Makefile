@@ -48,6 +48,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.moe
 	$(BIN)/python -m tests.bench.generate
 	$(BIN)/python -m tests.bench.captions
+	$(BIN)/python -m tests.bench.caption_files
 	$(BIN)/python -m tests.bench.dataload
 	$(BIN)/python -m tests.bench.read_order
 	$(BIN)/python -m tests.bench.features

@@ -1,37 +1,36 @@
-"""Captions of pictures by a trained run: python demos/caption.py runs/quickstart/3-caption photo.jpg …"""
+"""Several captions of each picture: python demos/caption.py MODEL photo.jpg folder/ … (a run, or a published folder)
+
+What `vlm caption` does, in the parts that it is made of.
+"""
 
 import sys
-from pathlib import Path
 
-import torch
-
-from vlm.data.image import decode
-from vlm.model.describe import describe
-from vlm.model.generate import Sampling
-from vlm.restore import restore
+from vlm.captioning.inputs import Given, standard_input
+from vlm.captioning.speak import Speaker
+from vlm.captioning.wishes import Words
+from vlm.data.image import BadSample
+from vlm.ready import open_model
 
 
-def main(run: str, *pictures: str) -> None:
+def main(model: str, *names: str) -> None:
     """Prints a greedy caption and three sampled ones for each picture."""
-    trained = restore(Path(run))  # settings, tokenizer and weights; frozen parts come from where the settings say
-    data = trained.data
+    ready = open_model(model)  # settings, tokenizer and weights; the encoder owns its transform
+    greedy = Speaker(ready, Words())
+    drawn = Speaker(ready, Words(temperature=0.7, top_p=0.9, captions=3))
 
-    # The encoder owns its transform: size, crop and normalisation are those it was trained with.
-    transform = trained.model.vision.transform
-    images = torch.stack([transform(decode(Path(picture).read_bytes())) for picture in pictures])
-
-    greedy = Sampling(max_new=data.max_tokens)
-    sampled = Sampling(max_new=data.max_tokens, temperature=0.7, top_p=0.9)
-    generator = torch.Generator().manual_seed(0)
-    columns = [
-        describe(trained.model, trained.tokenizer, images, data.template, data.max_tokens, sampling, generator)
-        for sampling in (greedy, sampled, sampled, sampled)
-    ]
-    for picture, (caption, *others) in zip(pictures, zip(*columns, strict=True), strict=True):
-        print(f"{picture}: {caption}\n    or: {' | '.join(others)}")
+    for picture in Given(names, standard_input()):  # files, folders, patterns, shards
+        try:
+            pixels = greedy.transform.read(picture.read())
+        except (BadSample, OSError) as error:
+            print(f"{picture.name}: {error}", file=sys.stderr)
+            continue
+        ((best,),) = greedy([picture.name], [pixels])
+        (others,) = drawn([picture.name], [pixels])
+        cut = " …" if best.finish == "length" else ""
+        print(f"{picture.name}: {best.text}{cut}\n    or: {' | '.join(other.text for other in others)}")
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
-        sys.exit("usage: python demos/caption.py RUN PICTURE …")
+        sys.exit("usage: python demos/caption.py MODEL PICTURE …")
     main(*sys.argv[1:])

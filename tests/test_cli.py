@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from vlm import __version__, cli
+from vlm.captioning.wishes import DTYPES, FORMATS, Words, Work
+from vlm.cli_caption import DTYPES as DTYPES_OFFERED
+from vlm.cli_caption import FORMATS as FORMATS_OFFERED
 from vlm.config.load import ConfigError
 
 
@@ -95,19 +98,23 @@ def test_arguments_arrive(vlm: Any) -> None:
     )
     given = vlm("quickstart", "train.seed=1")
     assert given == (0, [((Path("runs/quickstart"),), {"overwrite": False, "overrides": ("train.seed=1",)})])
-    sampling = {"max_new": 9, "min_new": 0, "temperature": 0.5, "top_k": None, "top_p": None}
-    sampling |= {"repetition_penalty": 1.0, "seed": 0, "question": None, "parts": {"vision": "eva.pth"}}
     drawn = vlm(
         *("caption", "a.png", "-", "--model", "run", "--json", "--part", "vision=eva.pth"),
-        *("--max-new", "9", "--temperature", "0.5"),
+        *("--max-new", "9", "--temperature", "0.5", "--output", "o.jsonl", "-0q"),
     )
-    assert drawn == (0, [(("run", ["a.png", "-"]), {"json": True, **sampling})])
+    words, work = Words(max_new=9, temperature=0.5), Work(format="jsonl", output=Path("o.jsonl"), null=True, quiet=True)
+    assert drawn == (0, [(("run", ["a.png", "-"], words, work, {"vision": "eva.pth"}), {})])
+    assert vlm("caption", "a.png", "-m", "run") == (0, [(("run", ["a.png"], Words(), Work(), {}), {})])
     given = vlm("shards", "preview", "a.tar", "--out", "s.jpg", "--count", "3")
     assert given == (0, [((["a.tar"], None, Path("s.jpg"), 3, 3), {})])
     limits = {"image": None, "caption": None, "min_side": 1, "max_tokens": None, "max_bad_fraction": 0.1}
     limits |= {"config": None, "tokenizer": None, "workers": 2, "talks": False, "json": False}
     given = vlm("shards", "check", "a.tar", "--workers", "2", "--max-bad-fraction", "0.1")
     assert given == (1, [((["a.tar"],), limits)])  # the recorder returns None, which is not healthy
+
+
+def test_what_the_options_of_caption_offer_is_there() -> None:
+    assert (FORMATS_OFFERED, DTYPES_OFFERED) == (FORMATS, DTYPES)
 
 
 def test_version_and_help(vlm: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def test_captions_and_answers(name: str, vlm: Commands, pictures: Path, tmp_path
     usual = run(vlm, tmp_path, "caption", pictures / "0.png", *given.options)
     assert (usual.code, usual.err) == (0, "")
     assert usual.out.split("\t")[1] == one_line(written(given.made, seen[:1], prompt, do_sample=False, **how)[0]) + "\n"
-    answers = run(vlm, tmp_path, "caption", pictures, *given.options, "--json", "--question", question)
+    answers = run(vlm, tmp_path, "caption", pictures, *given.options, "--json", "--ask", question)
     assert said(answers) == written(given.made, seen, question_prompt, do_sample=False, **short)
 
 

@@ -176,7 +176,7 @@ def training_loader(
             "set data.augment=null, or train on the pictures"
         )
     if isinstance(transform, ImageTransform):
-        transform = replace(transform, scaled=data.scaled_decode)
+        transform = replace(transform, scaled=int(data.scaled_decode))
     pairs = data if isinstance(data, schema.PairData) else None
     return Loader(
         source,

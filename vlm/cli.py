@@ -12,13 +12,13 @@ from typing import Literal
 import click
 
 from vlm import __version__
+from vlm.cli_caption import caption
 from vlm.cli_evaluate import compare, evaluate
 from vlm.cli_help import Verb, Verbs
 from vlm.cli_options import (
     config_argument,
     folder,
     json_option,
-    model_option,
     overrides_argument,
     overwrite_option,
     part_option,
@@ -108,36 +108,6 @@ def train(
 
 
 @app.command()
-@click.argument("images", nargs=-1, required=True, type=source, metavar="IMAGE...")
-@model_option
-@part_option
-@json_option
-@click.option("--question", metavar="TEXT", help="What to answer about each image, by a model that answers questions.")
-@click.option("--max-new", type=int, help="Tokens of the longest caption; the model's own limit unless given.")
-@click.option("--min-new", type=int, default=0, help="Tokens of the shortest caption.")
-@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above 0 draws.")
-@click.option("--top-k", type=int, help="Draw among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 makes used tokens less likely.")
-@click.option("--seed", type=int, default=0, help="Of the draws.")
-def caption(
-    model: str,
-    images: tuple[str, ...],
-    parts: dict[str, str],
-    json: bool,
-    question: str | None,
-    **sampling: int | float | None,
-) -> None:
-    """Describe images, or answer a question about each.
-
-    IMAGE is a file, a folder, or - for a list on standard input.
-    """
-    from vlm.captioning.run import caption as describe
-
-    describe(model, list(images), json=json, parts=parts, question=question, **sampling)  # type: ignore[arg-type]  # click made each of its type
-
-
-@app.command()
 @click.argument("model", type=source)
 @click.argument("out", type=folder)
 @part_option
@@ -222,7 +192,7 @@ def completion(shell: str) -> None:
     click.echo(found(app, {}, "vlm", "_VLM_COMPLETE").source(), nl=False)
 
 
-for command in (evaluate, compare, score, index, search, shards):
+for command in (caption, evaluate, compare, score, index, search, shards):
     app.add_command(command)
 
 

@@ -45,7 +45,19 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     "caption": (
         Example("vlm caption photo.jpg folder/ --model runs/quickstart/3-caption", "Path and caption, a line each."),
         Example("vlm caption photo.jpg -m Salesforce/blip2-opt-2.7b", "By a checkpoint of the Hugging Face hub."),
-        Example("find . -name '*.jpg' | vlm caption - -m runs/mine", "The pictures that another program lists."),
+        Example(
+            "find . -name '*.jpg' -print0 | vlm caption - -0 -m runs/mine --json",
+            "The pictures that another program lists, as JSON lines.",
+        ),
+        Example(
+            "vlm caption photos/ -m runs/mine -o captions.jsonl --json --skip-existing",
+            "Into a file; the same again does what is missing.",
+        ),
+        Example(
+            "vlm caption photos/ -m runs/mine --format sidecar --beams 5 --num-captions 3",
+            "The three best captions of five beams into IMAGE.txt, for trainers.",
+        ),
+        Example("vlm caption --watch inbox/ -m runs/mine", "Pictures as they arrive, until Ctrl-C."),
     ),
     "evaluate": (
         Example(
@@ -53,6 +65,18 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
             "Recall both ways, beside chance.",
         ),
         Example("vlm evaluate captions.csv --model runs/mine --json", "The figures for a program."),
+        Example(
+            "vlm evaluate coco.json --images coco/ -m runs/mine --protocol coco-5k",
+            "A standard benchmark: its split, its captions.",
+        ),
+        Example(
+            "vlm evaluate test.tar -m runs/clip --labels json:group",
+            "Zero-shot classification by a field beside each picture.",
+        ),
+        Example(
+            "vlm evaluate vqa.json -m runs/llava --task answers --images vqa/",
+            "VQA accuracy, and choices by likelihood.",
+        ),
     ),
     "compare": (
         Example("vlm compare runs/evaluate/before runs/evaluate/after", "Which is better, and is it more than chance?"),

@@ -13,22 +13,17 @@ from vlm.checkpoint import CONFIG
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.config.vision import Vision
-from vlm.data.talk import ask
 from vlm.data.talk_batch import Reader, TalkForm
 from vlm.data.text import Tokenizer, load_tokenizer
-from vlm.model.describe import answer, describe
-from vlm.model.generate import Decoding, Sampling
 from vlm.model.language import Decoder
 from vlm.model.lora import merge_lora
 from vlm.model.published.start import starting_weights
 from vlm.model.published.usage import Usage
 from vlm.model.vlm import VisionLanguageModel
-from vlm.nn.backend import fast_float32
 from vlm.nn.ffn import GatedMlp
 from vlm.nn.moe import MixtureOfExperts, upcycle
 
 TOKENIZER = "tokenizer.json"
-ANSWER = 256  # tokens of the longest answer, unless told otherwise
 READER = "reader.json"  # the tokenizer of a Q-Former that reads questions
 
 
@@ -83,35 +78,6 @@ class Trained(Ready):
 
     run: schema.Run = field(kw_only=True)
     step: int = field(kw_only=True)
-
-
-def captions(
-    trained: Ready,
-    images: Tensor,
-    decoding: Decoding,
-    generator: torch.Generator | None = None,
-    question: str | None = None,
-) -> list[str]:
-    """Captions of normalised images, B 3 H W, or of a model that answers, the answers to a question about each.
-
-    Without a question a published model is asked as its authors ask it for a caption.
-    """
-    model, data = trained.model, trained.data
-    images = images.to(next(model.parameters()).device)
-    with fast_float32():
-        if isinstance(data, schema.ChatData):
-            form, words, stop = trained.form(question)
-            return answer(model, form, [ask(words, 1)] * len(images), images, decoding, generator, stop)
-        template = build_data.template(data.template)
-        return describe(model, trained.tokenizer, images, template, data.max_tokens, decoding, generator)
-
-
-def usual_decoding(trained: Ready, question: bool = False) -> Decoding:
-    """As its authors have a published model write captions, or answers; greedy, as long as in training, for others."""
-    if trained.usage is not None:
-        return trained.usage.answers if question else trained.usage.captions
-    data = trained.data
-    return Sampling(min(data.max_tokens, ANSWER) if isinstance(data, schema.ChatData) else data.max_tokens)
 
 
 def sourced_parts(run: schema.Run) -> set[str]:

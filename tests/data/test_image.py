@@ -254,7 +254,7 @@ def test_a_photograph_s_pixels_are_open_clip_s_to_a_hundredth_of_a_level() -> No
     expected = theirs(Image.open(io.BytesIO(file.getvalue())))
     found = ours.normalize(ours.read(file.getvalue()))
     assert _levels(ours, found, expected).mean() <= 0.01
-    scaled = replace(ours, scaled=True)
+    scaled = replace(ours, scaled=1)
     quick = scaled.normalize(scaled.read(file.getvalue()))
     assert 0.01 < _levels(ours, quick, expected).mean() <= 2
     assert decode(file.getvalue(), least=lambda width, height: 224).size == (320, 240)

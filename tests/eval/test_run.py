@@ -1,26 +1,19 @@
-"""`vlm evaluate` and `vlm caption` on tiny trained runs: what they print, and that batches change nothing."""
+"""`vlm evaluate` on tiny trained runs: what it prints."""
 
-import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny import COLOURS, pack, picture, squares, tiny_run
+from tests.tiny import pack, picture, squares, tiny_run
 from vlm import build_data
-from vlm.captioning import run as run_module
-from vlm.captioning.run import caption, find_images
-from vlm.data.image import decode
 from vlm.data.shards import Shards
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.run import evaluate, retrieval
 from vlm.eval.tasks import Request
-from vlm.model.generate import Sampling
-from vlm.restore import captions, restore
+from vlm.restore import restore
 from vlm.train.run import train_run
 
 WAYS, MEASURES = {"t2i", "i2t"}, {"R@1", "R@5", "R@10", "mean_rank", "median_rank"}
@@ -32,18 +25,13 @@ def rate(value: float) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that have learned eight colours, and a picture of each."""
+    """Runs that have learned eight colours."""
     folder = tmp_path_factory.mktemp("runs")
     common = ("train.batch_size=16", "train.log_every=60", "train.warmup=10", "data.cache_mb=8")
     train_run(tiny_run(folder, "clip", *common, "train.steps=60", rate(5e-3)), folder / "clip")
     frozen = ("model.vision.frozen=true", f"model.init.vision={folder / 'clip'}", rate(2e-2))
     learned = ("train.steps=120", "model.connector.queries=4")
     train_run(tiny_run(folder, "qformer", *common, *frozen, *learned), folder / "qformer")
-    train_run(tiny_run(folder, "decoder", *common, *frozen, "train.steps=60"), folder / "decoder")
-    (folder / "pictures" / "more").mkdir(parents=True)
-    for i, colour in enumerate(COLOURS):
-        (folder / "pictures" / ("more" if i > 5 else "") / f"{colour}.png").write_bytes(picture(colour))
-    (folder / "pictures" / "notes.txt").write_text("no picture")
     squares(folder / "test.tar", 8, "t")
     return folder
 
@@ -119,91 +107,3 @@ def test_evaluate_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str
     assert lines[1].split()[:6] == ["text", "→", "image", "R@1", "12.5", "%"]
     assert lines[11].split()[0] == "rSum" and lines[12] == "8 images, 8 captions"
     assert lines[-1] == f"open {folder / 'table' / 'report.html'}"
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    return {Path(path).stem: text for path, text in rows}
-
-
-@pytest.mark.parametrize("kind", ["qformer", "decoder"])
-def test_captions_name_what_was_learned(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    caption(str(folder / kind), [str(folder / "pictures")])
-    found = said(capsys)
-    assert list(found) == sorted(COLOURS[:6])[:3] + sorted(COLOURS[6:]) + sorted(COLOURS[:6])[3:]  # in order of paths
-    assert sum(text == f"a {colour} square" for colour, text in found.items()) >= 6
-
-
-def test_files_and_a_list_on_standard_input(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    red, blue = folder / "pictures" / "red.png", folder / "pictures" / "blue.png"
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{blue}\n\n{red}\n"))
-    caption(str(folder / "decoder"), [str(red), "-"], json=True)
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [record["image"] for record in records] == [str(red), str(blue), str(red)]
-    assert set(records[0]) == {"image", "caption"}
-    assert records[0]["caption"] == records[2]["caption"]
-
-
-def test_a_picture_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = folder / "bad.png"
-    bad.write_bytes(b"\x89PNG and no more")
-    good = [str(folder / "pictures" / f"{colour}.png") for colour in ("red", "blue")]
-    with pytest.raises(SystemExit) as caught:
-        caption(str(folder / "decoder"), [good[0], str(bad), good[1]])
-    assert caught.value.code == 1
-    printed = capsys.readouterr()
-    assert [line.split("\t")[0] for line in printed.out.splitlines()] == good
-    assert printed.err.splitlines()[0].startswith(f"vlm: {bad}: not an image (")
-    assert printed.err.splitlines()[-1] == "vlm: 1 of 3 pictures could not be read"
-
-
-def test_only_unreadable_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = folder / "empty.png"
-    bad.touch()
-    with pytest.raises(SystemExit):
-        caption(str(folder / "decoder"), [str(bad)])
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("kind", ["qformer", "decoder"])
-@pytest.mark.parametrize("sampling", [Sampling(11), Sampling(6, min_new=3, repetition_penalty=1.3)])
-def test_batched_captions_equal_single_ones(folder: Path, kind: str, sampling: Sampling) -> None:
-    trained = restore(folder / kind)
-    images = torch.stack([trained.model.vision.transform(decode(picture(colour))) for colour in COLOURS])
-    together = captions(trained, images, sampling)
-    assert together == [text for image in images for text in captions(trained, image[None], sampling)]
-    assert len(set(together)) > 1
-
-
-def test_batches_are_joined_in_order(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caption(str(folder / "decoder"), [str(folder / "pictures")])
-    whole = capsys.readouterr().out
-    monkeypatch.setattr(run_module, "BATCH", 3)
-    caption(str(folder / "decoder"), [str(folder / "pictures")])
-    assert capsys.readouterr().out == whole
-
-
-def test_sampled_captions_follow_the_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def drawn(seed: int) -> dict[str, str]:
-        options: dict[str, Any] = {"temperature": 3.0, "top_k": 50, "seed": seed}
-        caption(str(folder / "decoder"), [str(folder / "pictures")], **options)
-        return said(capsys)
-
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
-
-
-def test_find_images(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "A.JPG").touch()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "c.webp").touch()
-    (tmp_path / "b" / "d.txt").touch()
-    names = [str(path.relative_to(tmp_path)) for path in find_images([str(tmp_path)])]
-    assert names == ["A.JPG", os.path.join("b", "c.webp")]
-    assert list(find_images([str(tmp_path / "b" / "d.txt")])) == [tmp_path / "b" / "d.txt"]  # named: tried
-    with pytest.raises(ValueError, match="no such file or folder"):
-        list(find_images([str(tmp_path / "e.png")]))

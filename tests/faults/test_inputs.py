@@ -240,11 +240,11 @@ def test_a_run_that_cannot_do_it(vlm: Commands, trained: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-new", "0"], "vlm: max_new=0: at least 1"),
-        (["--min-new", "-1"], "vlm: min_new=-1: between 0 and max_new"),
-        (["--temperature", "-1"], "vlm: temperature=-1.0: 0 (greedy) or more"),
-        (["--top-p", "0"], "vlm: top_p=0.0: above 0, at most 1"),
-        (["--top-k", "0", "--repetition-penalty", "0"], "vlm: top_k=0: at least 1; repetition_penalty=0.0: above 0"),
+        (["--max-new", "0"], "vlm: --max-new 0: at least 1"),
+        (["--min-new", "-1"], "vlm: --min-new -1: at least 0, at most --max-new"),
+        (["--temperature", "-1"], "vlm: --temperature -1: 0 (the likeliest word) or more"),
+        (["--top-p", "0"], "vlm: --top-p 0: above 0, at most 1"),
+        (["--top-k", "0", "--repetition-penalty", "0"], "vlm: --top-k 0: at least 1"),
         (["--max-new", "99"], "vlm: max_new=99: this Q-Former was built for texts of 12 tokens"),
     ],
 )

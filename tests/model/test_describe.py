@@ -67,6 +67,49 @@ def test_several_captions_with_scores() -> None:
         assert len(row) == 3
 
 
+def test_captions_that_are_begun_go_on_and_hold_their_beginning() -> None:
+    model, tokenizer = made()
+    free = describe_several(model, tokenizer, pictures(4), TEMPLATE, 32, Sampling(16))
+    for begun in ("a blue", "🙂"):
+        found = describe_several(model, tokenizer, pictures(4), TEMPLATE, 32, Sampling(9), begun=f" {begun} ")
+        assert all(row[0].text.startswith(begun) for row in found) and found != free
+        assert all(row[0].tokens <= 9 for row in found)
+
+
+@pytest.mark.parametrize("decoding", [Sampling(16), Beams(3, max_new=9, returned=2), Sampling(5, temperature=2.0)])
+def test_it_is_said_why_a_caption_ended(decoding: Decoding) -> None:
+    model, tokenizer = made()
+    text = told(Sampling(16))[1]
+    several = replace(tokenizer, ends=(tokenizer.eos, tokenizer.encode(text)[3]))
+    found = describe_several(model, several, pictures(4), TEMPLATE, 32, decoding, torch.Generator().manual_seed(1))
+    captions = [caption for row in found for caption in row]
+    assert all((caption.finish == "length") == (caption.tokens == decoding.max_new) for caption in captions)
+    if isinstance(decoding, Beams) or not decoding.temperature:
+        assert {caption.finish for caption in captions} == {"stop", "length"}
+
+
+def test_a_stop_string_in_the_last_token_is_a_stop() -> None:
+    model, tokenizer = made()
+    text = told(Sampling(6))[1]
+    free, cut = (
+        describe_several(model, tokenizer, pictures(4), TEMPLATE, 32, Sampling(6), stop=stop)[1][0]
+        for stop in ((), (text[-1],))
+    )
+    assert (free.finish, free.tokens) == ("length", 6)
+    assert cut.finish == "stop" and cut.tokens <= 6
+
+
+def test_several_draws_of_each_picture() -> None:
+    model, tokenizer = made()
+    dice = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    way = Sampling(9, temperature=2.0)
+    found = describe_several(model, tokenizer, pictures(4), TEMPLATE, 32, way, dice, draws=2)
+    assert [len(row) for row in found] == [2] * 4 and found[0][0] != found[0][1]
+    for draw in range(2):
+        own = [torch.Generator().manual_seed(2 * i + draw) for i in range(4)]
+        assert describe(model, tokenizer, pictures(4), TEMPLATE, 32, way, own) == [row[draw].text for row in found]
+
+
 @pytest.mark.parametrize("decoding", [Sampling(16), Beams(3, max_new=9)])
 def test_a_caption_ends_at_any_end_token(decoding: Decoding) -> None:
     model, tokenizer = made()
@@ -82,3 +125,10 @@ def test_longer_than_a_qformer_writes(decoding: Decoding) -> None:
     _, tokenizer = made()
     with pytest.raises(ValueError, match="max_new=17: this Q-Former was built for texts of 16 tokens"):
         describe(blip2(), tokenizer, pictures(1), "", 16, decoding)
+
+
+def test_a_beginning_that_leaves_a_qformer_no_room() -> None:
+    _, tokenizer = made()
+    size = len(tokenizer.encode("a red"))
+    with pytest.raises(ValueError, match=f"max_new=15 after the {size} that it begins with: this Q-Former was built"):
+        describe_several(blip2(), tokenizer, pictures(1), "", 16, Sampling(15), begun="a red")

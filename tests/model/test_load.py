@@ -16,6 +16,7 @@ from tests import folders, folders_own
 from tests.folders import QUERIES, Made, photographs, written
 from tests.folders_own import Files
 from tests.parity.noise import gap, noise
+from vlm.captions import captions
 from vlm.data.batch import pad
 from vlm.data.text import encode_caption
 from vlm.model.beam import Beams
@@ -25,7 +26,7 @@ from vlm.model.language import Decoder
 from vlm.model.published.load import load
 from vlm.model.seq2seq import EncoderDecoder
 from vlm.ready import open_model
-from vlm.restore import Ready, captions
+from vlm.restore import Ready
 
 PICTURES = photographs()
 SYSTEM = (

@@ -11,6 +11,7 @@ import torch
 from tests.tiny import COLOURS, ITC, LANGUAGE, LM, QFORMER, VISION, Made, picture, read, records, write_config
 from vlm import build_data
 from vlm.captioning.run import caption
+from vlm.captioning.wishes import Words, Work
 from vlm.config.load import ConfigError
 from vlm.config.schema import Run
 from vlm.data.batch import Batch
@@ -141,7 +142,7 @@ def test_a_question_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     said = []
     for question in ("what?", "who is in this picture?", None):
-        caption(str(tmp_path / "out"), [photo], json=True, question=question, max_new=6)
+        caption(str(tmp_path / "out"), [photo], Words(ask=question, max_new=6), Work(format="jsonl"))
         said.append(json.loads(capsys.readouterr().out)["caption"])
     trained = restore(tmp_path / "out")
     form = build_data.talk_form(trained.run, trained.tokenizer, trained.model.image_tokens)

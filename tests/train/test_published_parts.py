@@ -15,6 +15,7 @@ from tests import folders, folders_own
 from tests.tiny import ITC, ITM, LM, read, records, squares
 from vlm import checkpoint
 from vlm.captioning.run import caption
+from vlm.captioning.wishes import Words, Work
 from vlm.config.schema import Run
 from vlm.restore import restore
 from vlm.train.run import train_run
@@ -98,7 +99,7 @@ def test_frozen_parts_are_named_and_not_stored(
     picture = tmp_path / "a.png"
     folders.photographs(1)[0].save(picture)
     capsys.readouterr()
-    caption(str(out), [str(picture)], json=True, max_new=4)
+    caption(str(out), [str(picture)], Words(max_new=4), Work(format="jsonl"))
     assert json.loads(capsys.readouterr().out)["image"] == str(picture)
 
 

@@ -1,109 +1,133 @@
-"""`vlm caption`: a trained model describes pictures, or answers a question about each."""
+"""`vlm caption`: a trained model describes pictures, or answers a question about each, as many as there are."""
 
-import json as jsonlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
+from threading import Event
 
-import torch
 from torch import Tensor
 
-from vlm.config.schema import ChatData
-from vlm.data.image import BadSample, decode
-from vlm.model.beam import Beams
-from vlm.model.fast import prepare_for_decoding
-from vlm.model.generate import Decoding, Sampling
-from vlm.model.transcribe import one_line
-from vlm.model.vlm import need
-from vlm.nn.backend import best_device
+from vlm.captioning import output
+from vlm.captioning.ahead import Ahead
+from vlm.captioning.formats import Result, reason
+from vlm.captioning.inputs import STDIN, Given, Named, standard_input
+from vlm.captioning.progress import Meter
+from vlm.captioning.speak import Speaker, chosen_device, set_precision
+from vlm.captioning.watch import arrivals, ended_by_term
+from vlm.captioning.wishes import Words, Work
+from vlm.data.image import BadSample, ImageTransform
 from vlm.ready import open_model
-from vlm.restore import Ready, captions
 
-BATCH = 32  # pictures captioned together
-ANSWER = 256  # tokens of the longest answer, unless told otherwise
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+SPARE = 2  # a JPEG that is decoded at a fraction of its size keeps so many times the pixels that are needed
+WORKERS = 8  # threads that decode, at most, unless told otherwise
+
+Prepared = Tensor | BadSample | OSError
 
 
 def caption(
     model: str,
     images: Sequence[str],
-    json: bool = False,
-    max_new: int | None = None,
-    min_new: int = 0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    question: str | None = None,
+    words: Words | None = None,
+    work: Work | None = None,
     parts: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints a caption for each picture; what cannot be read is named on stderr and makes the exit code 1.
+    """Captions all pictures that are named; SystemExit 1 at the end if some could not be, which are told on stderr.
 
-    `model`, `parts`: as of `open_model`. `max_new`: tokens of the longest caption, as long as those that the model was
-    trained on unless given, of answers at most ANSWER; the rest as in `Sampling`. `question`: what is answered about
-    each.
+    `model`, `parts`: as of `open_model`. ValueError: what can be known to be wrong before the first picture, and a list
+    on standard input that is none.
     """
-    Sampling(max_new or max(1, min_new), min_new, temperature, top_k, top_p, repetition_penalty)  # wrong values, early
-    paths = list(find_images(images))
-    trained = open_model(model, best_device(), parts)
-    data = trained.data
-    if not trained.writes:
-        raise ValueError(f"{model} was trained without lm, so it cannot write captions")
-    if question is not None and not isinstance(data, ChatData):
-        raise ValueError(f"--question: {model} was trained on captions ({data.kind}), not to answer questions")
-    decoding: Decoding
-    if trained.usage is not None and (max_new, min_new, temperature, top_k, top_p, repetition_penalty) == _UNSAID:
-        decoding = trained.usage.captions if question is None else trained.usage.answers
-    else:
-        usual = min(data.max_tokens, ANSWER) if isinstance(data, ChatData) else data.max_tokens
-        longest = usual if max_new is None else max_new
-        decoding = Sampling(longest, min_new, temperature, top_k, top_p, repetition_penalty)
-    if best_device().type == "cpu":
-        width = decoding.width if isinstance(decoding, Beams) else 1
-        prepare_for_decoding(trained.model, min(BATCH, len(paths)) * width)
-    generator = torch.Generator(best_device()).manual_seed(seed)
-    bad = 0
-    for start in range(0, len(paths), BATCH):
-        readable, pixels = _read(trained, paths[start : start + BATCH])
-        bad += len(paths[start : start + BATCH]) - len(readable)
-        said = captions(trained, torch.stack(pixels), decoding, generator, question) if pixels else []
-        for path, text in zip(readable, said, strict=True):
-            record = jsonlib.dumps({"image": str(path), "caption": text}, ensure_ascii=False)
-            print(record if json else f"{path}\t{one_line(text)}", flush=True)
-    if bad:
-        print(f"vlm: {bad} of {len(paths)} pictures could not be read", file=sys.stderr)
+    words, work = words or Words(), work or Work()
+    given = Given(images, standard_input() if STDIN in images else BytesIO(), work.null, work.allow_url)
+    given.check()
+    output.check(work)
+    ready = open_model(model, chosen_device(work.device), parts)
+    set_precision(ready.model, work.dtype)
+    speaker = Speaker(ready, words, work.batch_size)
+    sink = output.opened(work, words.captions)
+    hidden = work.output is not None or work.format == "sidecar" or not sys.stdout.isatty()
+    meter = Meter(work.quiet, bar=hidden)
+    with meter.shown():
+        _run(speaker, given, sink, meter, work)
+    sink.end()
+    meter.end()
+    if meter.failed:
         raise SystemExit(1)
 
 
-_UNSAID = (None, 0, 0.0, None, None, 1.0)  # how a published model writes is then its authors' way
+def _run(speaker: Speaker, given: Iterable[Named], sink: output.Sink, meter: Meter, work: Work) -> None:
+    stop = Event()
+    named: Iterable[Named] = given
+    if work.watch is not None:
+        named = chain(given, arrivals(str(work.watch), stop, all_of_them=work.skip_existing))
+        meter.say(f"vlm: watching {work.watch}; Ctrl-C ends")
+    transform = replace(speaker.transform, scaled=0 if work.exact else SPARE)
+    workers = work.workers or min(WORKERS, os.cpu_count() or 1)
+    ahead = Ahead(_todo(named, sink, meter), partial(_prepare, transform), workers, 2 * speaker.size)
+    try:
+        with nullcontext() if work.watch is None else ended_by_term():
+            while taken := ahead.take(speaker.size):
+                for result in _said(speaker, taken):
+                    _tell(result, sink, meter)
+    except KeyboardInterrupt:
+        if work.watch is None:
+            raise
+    finally:
+        stop.set()
+        ahead.close()
 
 
-def _read(trained: Ready, paths: Sequence[Path]) -> tuple[list[Path], list[Tensor]]:
-    readable, pixels = [], []
-    transform = need(trained.model.vision, "image encoder").transform
-    for path in paths:
+def _todo(named: Iterable[Named], sink: output.Sink, meter: Meter) -> Iterator[tuple[Named, BadSample | None]]:
+    """Pictures that are not done yet; some never can be."""
+    for each in named:
         try:
-            pixels.append(transform(decode(path.read_bytes())))
-            readable.append(path)
-        except (BadSample, OSError) as error:
-            print(f"vlm: {path}: {error}", file=sys.stderr)
-    return readable, pixels
+            done, refused = sink.has(each), None
+        except BadSample as error:
+            done, refused = False, error
+        meter.skipped += done
+        if not done:
+            yield each, refused
+
+
+def _prepare(transform: ImageTransform, given: tuple[Named, BadSample | None]) -> Prepared:
+    """Pixels, or what is wrong with the picture."""
+    named, refused = given
+    if refused is not None:
+        return refused
+    try:
+        return transform.read(named.read())
+    except (BadSample, OSError) as error:
+        return error
+
+
+def _said(speaker: Speaker, taken: Sequence[tuple[tuple[Named, BadSample | None], Prepared]]) -> Iterator[Result]:
+    """Results of a batch, in order."""
+    good = [(named.name, pixels) for (named, _), pixels in taken if isinstance(pixels, Tensor)]
+    texts = iter(speaker([name for name, _ in good], [pixels for _, pixels in good]) if good else [])
+    for (named, _), pixels in taken:
+        if isinstance(pixels, Tensor):
+            yield Result(named.name, next(texts), question=speaker.words.ask)
+        else:
+            yield Result(named.name, error=pixels, question=speaker.words.ask)
+
+
+def _tell(result: Result, sink: output.Sink, meter: Meter) -> None:
+    try:
+        sink.put(result)
+    except BadSample as error:
+        result = Result(result.name, error=error)
+    if result.error is None:
+        meter.count(done=1)
+    else:
+        meter.say(f"vlm: {result.name}: {reason(result.error)}")
+        meter.count(failed=1)
 
 
 def find_images(names: Iterable[str]) -> Iterator[Path]:
-    """Files as named, the pictures of folders in order, and for `-` what standard input lists."""
-    for name in names:
-        if name == "-":
-            yield from (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
-            continue
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise ValueError(f"{path}: no picture in this folder ({', '.join(sorted(SUFFIXES))})")
-            yield from found
-        elif path.is_file():
-            yield path
-        else:
-            raise ValueError(f"{path}: no such file or folder")
+    """Files as named, and the pictures of folders in order. ValueError: nothing of that name, or no picture in it."""
+    return (Path(named.name) for named in Given(list(names), BytesIO()))

@@ -34,16 +34,20 @@ def encode_conversation(
     return Encoded(writer.ids, writer.labels, images=writer.images)
 
 
-def encode_question(tokenizer: Tokenizer, template: Template, talk: Talk, image_tokens: int) -> Encoded:
+def encode_question(
+    tokenizer: Tokenizer, template: Template, talk: Talk, image_tokens: int, begun: str = ""
+) -> Encoded:
     """A talk whose last question is to be answered: exactly the ids that stand before the answer in training.
 
-    ValueError: the last to speak is not the user.
+    `begun`: the first words of the answer, which follow as tokens that are supervised. ValueError: the last to speak is
+    not the user.
     """
     writer, last = _Writer(tokenizer, template, image_tokens), "nothing"
     for before, answer in exchanges(template, talk):
         if answer is None:
-            writer.prompt(before)
-            return Encoded(writer.ids, [IGNORE] * len(writer.ids), images=writer.images)
+            spaced = writer.prompt(before)
+            words = writer.words(begun.strip(), spaced) if begun.strip() else []
+            return Encoded(writer.ids + words, [IGNORE] * len(writer.ids) + words, images=writer.images)
         writer.write(before, answer, _ENDLESS)
         last = f"{answer!r:.40}"
     raise ValueError(f"a talk that ends with {last}, and no question that is to be answered")
@@ -217,4 +221,9 @@ class CaptionEncoder:
     @property
     def start(self) -> Encoded:
         """What stands before a caption."""
-        return Encoded(list(self._writer.ids), list(self._writer.labels), images=self._writer.images)
+        return self.begun("")
+
+    def begun(self, words: str) -> Encoded:
+        """The same and the first words of a caption, as tokens that are supervised."""
+        ids = self._writer.words(words.strip(), self._spaced) if words.strip() else []
+        return Encoded(self._writer.ids + ids, self._writer.labels + ids, images=self._writer.images)

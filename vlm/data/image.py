@@ -166,9 +166,9 @@ class ImageTransform:
     Values differ from PIL's by rounding alone: seldom by one of 255 levels, hardly ever by two.
     `size` is (height, width). "shortest" fits the shorter side and cuts the middle, "squash" ignores proportions,
     "longest" fits the longer side and pads with `fill`, "padded" pads to a square first (LLaVA). `crop_fraction`
-    (timm's crop_pct): share of the sides kept. `scaled`: large JPEGs are decoded at a fraction of their size first;
-    faster, and a little different. `floored`: a middle between two pixels is at the first, not at the even one
-    (transformers' processors).
+    (timm's crop_pct): share of the sides kept. `scaled`: JPEGs are decoded at a fraction of their size first, as long
+    as they keep so many times the pixels needed; 0: never. Faster, and a little different, less so for large numbers.
+    `floored`: a middle between two pixels is at the first, not at the even one (transformers' processors).
     """
 
     size: tuple[int, int]
@@ -178,7 +178,7 @@ class ImageTransform:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     crop_fraction: float = 1.0
     fill: tuple[int, int, int] = (0, 0, 0)
-    scaled: bool = False
+    scaled: int = 0
     floored: bool = False
 
     def read(self, data: bytes) -> UInt8[Tensor, "3 H W"]:
@@ -214,7 +214,7 @@ class ImageTransform:
         return self.normalize(self.pixels(image))
 
     def _least(self, width: int, height: int) -> int:
-        return math.ceil(max(self.size) / self.crop_fraction)
+        return math.ceil(max(self.size) * self.scaled / self.crop_fraction)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         target_h, target_w = (math.floor(side / self.crop_fraction) for side in self.size)

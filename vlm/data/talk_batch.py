@@ -72,10 +72,10 @@ class TalkForm:
         text = self._apart(text)
         return Prompt(text, () if self.reader is None else self.reader(whole)[: text.images])
 
-    def start(self, talk: Talk) -> Prompt:
-        """For an answer to the last question, to which there is none yet."""
+    def start(self, talk: Talk, begun: str = "") -> Prompt:
+        """For an answer to the last question, to which there is none yet but its first words, if any."""
         whole = self._prepared(talk, answers=False)
-        text = self._apart(encode_question(self.tokenizer, self.template, whole, self.image_tokens))
+        text = self._apart(encode_question(self.tokenizer, self.template, whole, self.image_tokens, begun))
         return Prompt(text, () if self.reader is None else self.reader(whole))
 
     def cuts(self, talk: Talk) -> bool:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from vlm.captions import usual_decoding
 from vlm.data.image import BadSample, decode
 from vlm.data.pictures import Folder
 from vlm.data.talk import ask
@@ -23,7 +24,7 @@ from vlm.model.generate import Decoding
 from vlm.model.likelihood import Likelihood, likelihood
 from vlm.model.vlm import need
 from vlm.nn.backend import fast_float32
-from vlm.restore import Ready, usual_decoding
+from vlm.restore import Ready
 
 SHOWN = 24  # pictures on the page
 TITLES = {

@@ -11,6 +11,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vlm import build_data
+from vlm.captions import captions as write
+from vlm.captions import usual_decoding
 from vlm.config import schema
 from vlm.data.image import BadSample, decode
 from vlm.data.pictures import Pictures
@@ -24,8 +26,7 @@ from vlm.eval.report import Card, Gallery, Score, Section, Table
 from vlm.model.generate import Decoding
 from vlm.model.vlm import need
 from vlm.nn.backend import fast_float32
-from vlm.restore import Ready, usual_decoding
-from vlm.restore import captions as write
+from vlm.restore import Ready
 from vlm.train.parallel import Passes
 from vlm.train.task import Lm, Task
 from vlm.train.validate import GAP, derangement, validate

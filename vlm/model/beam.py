@@ -16,7 +16,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlm.model.generate import Step, Stop, advance, end_tokens, penalise, refuse, said, until_end, wrong_lengths
+from vlm.model.generate import (
+    Dice,
+    Step,
+    Stop,
+    advance,
+    end_tokens,
+    penalise,
+    refuse,
+    said,
+    until_end,
+    without_repeats,
+    wrong_lengths,
+    wrong_repeats,
+)
 from vlm.nn.state import State
 
 
@@ -43,6 +56,7 @@ class Beams:
     early_stopping: bool | Literal["never"] = False
     returned: int = 1
     repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
 
     def __post_init__(self) -> None:
         """Refuses values that no search has, all named."""
@@ -54,7 +68,7 @@ class Beams:
                 (not math.isfinite(self.length_penalty), f"length_penalty={self.length_penalty}: a finite number"),
                 (not modes, f"early_stopping={self.early_stopping!r}: True, False or 'never'"),
                 (not 1 <= self.returned <= self.width, f"returned={self.returned}: between 1 and width"),
-                (not self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: above 0"),
+                *wrong_repeats(self.repetition_penalty, self.no_repeat_ngram),
             ]
         )
 
@@ -65,7 +79,7 @@ class Beams:
         state: State,
         prompt: Int[Tensor, "B P"],
         eos: int | Sequence[int],
-        generator: torch.Generator | None = None,
+        generator: Dice | None = None,
         stop: Stop | None = None,
     ) -> list[list[int]]:
         """As `generate`: the best of `search`; nothing is drawn, so `generator` is not used."""
@@ -125,7 +139,7 @@ def search(
         torch.ones(batch, dtype=torch.bool, device=logits.device),
     )
     for made in range(1, beams.max_new + 1):
-        found = _extend(logits.float(), running, beams, ends, made)
+        found = _extend(logits.float(), running, beams, ends, made, prompt)
         ended = _ended(found.ids, ends, made == beams.max_new, stop)
         running, index = _go_on(found, ended, running, beams.width)
         finished = _finish(finished, found, ended, ends, beams, made)
@@ -141,7 +155,9 @@ def search(
     return _hypotheses(finished, eos, beams.returned)
 
 
-def _extend(logits: Tensor, running: _Running, beams: Beams, ends: Tensor, made: int) -> _Candidates:
+def _extend(
+    logits: Tensor, running: _Running, beams: Beams, ends: Tensor, made: int, prompt: Int[Tensor, "B P"]
+) -> _Candidates:
     """The best continuations by one token. Only each beam's best go into the comparison, not beams x vocabulary."""
     batch, beam = running.score.shape
     # So many that `width` are left to go on when all end that may.
@@ -149,6 +165,9 @@ def _extend(logits: Tensor, running: _Running, beams: Beams, ends: Tensor, made:
     total = logits.logsumexp(1, keepdim=True)
     if running.used is not None:
         logits, total = penalise(logits - total, running.used, beams.repetition_penalty), torch.zeros_like(total)
+    if beams.no_repeat_ngram:
+        past = torch.cat([prompt.repeat_interleave(beam, 0), running.ids.flatten(0, 1)], 1)
+        logits = without_repeats(logits, past, beams.no_repeat_ngram)
     early = made <= beams.min_new  # then end tokens do not count, so there must be others in their place
     score, token = logits.topk(min(count + len(ends) if early else count, logits.shape[1]), dim=1)
     if early:

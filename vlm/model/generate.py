@@ -1,6 +1,6 @@
 """Decoding: greedy and sampled continuation of a batch, token by token or whole, for any model that offers `proceed`.
 
-Letters: B rows, P prompt tokens, F forbidden tokens, V vocabulary.
+Letters: B rows, P prompt tokens, L tokens so far, F forbidden tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ from vlm.nn.backend import default_for_few
 from vlm.nn.state import State
 
 Step = Callable[[Tensor, State], tuple[Tensor, State]]
+Dice = torch.Generator | Sequence[torch.Generator]  # of all rows; or one of each, whose words then depend on no others
 Stop = Callable[[list[int]], bool]  # asked about all new tokens of a row after each of them; True: the row ends here
 
 
@@ -34,7 +35,7 @@ class Decoding(Protocol):
         state: State,
         prompt: Int[Tensor, "B P"],
         eos: int | Sequence[int],
-        generator: torch.Generator | None = None,
+        generator: Dice | None = None,
         stop: Stop | None = None,
     ) -> list[list[int]]:
         """As `generate`."""
@@ -43,7 +44,7 @@ class Decoding(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy."""
+    """How the next token is chosen. Temperature 0 is greedy. `no_repeat_ngram`: no so many in a row twice; 0: any."""
 
     max_new: int = 30
     min_new: int = 0
@@ -51,6 +52,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
 
     def __post_init__(self) -> None:
         """Refuses values that no decoding has, all named."""
@@ -60,7 +62,7 @@ class Sampling:
                 (not self.temperature >= 0, f"temperature={self.temperature}: 0 (greedy) or more"),
                 (self.top_k is not None and self.top_k < 1, f"top_k={self.top_k}: at least 1"),
                 (self.top_p is not None and not 0 < self.top_p <= 1, f"top_p={self.top_p}: above 0, at most 1"),
-                (not self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty}: above 0"),
+                *wrong_repeats(self.repetition_penalty, self.no_repeat_ngram),
             ]
         )
 
@@ -71,7 +73,7 @@ class Sampling:
         state: State,
         prompt: Int[Tensor, "B P"],
         eos: int | Sequence[int],
-        generator: torch.Generator | None = None,
+        generator: Dice | None = None,
         stop: Stop | None = None,
     ) -> list[list[int]]:
         """As `generate`."""
@@ -84,6 +86,14 @@ def wrong_lengths(max_new: int, min_new: int) -> list[tuple[bool, str]]:
     return [
         (max_new < 1, f"max_new={max_new}: at least 1"),
         (not 0 <= min_new <= max_new, f"min_new={min_new}: between 0 and max_new"),
+    ]
+
+
+def wrong_repeats(penalty: float, ngram: int) -> list[tuple[bool, str]]:
+    """What may be wrong with the rules on repeated tokens, for `refuse`."""
+    return [
+        (not penalty > 0, f"repetition_penalty={penalty}: above 0"),
+        (ngram < 0, f"no_repeat_ngram={ngram}: 0 (off) or more"),
     ]
 
 
@@ -100,13 +110,13 @@ def generate(
     prompt: Int[Tensor, "B P"],
     eos: int | Sequence[int],
     decoding: Decoding,
-    generator: torch.Generator | None = None,
+    generator: Dice | None = None,
     stop: Stop | None = None,
 ) -> list[list[int]]:
     """New tokens of each row, up to and without its end token (any of `eos`); the best where several were found.
 
     `logits` and `state` are those after the prompt; `step` takes one token per row (B 1) and gives the next.
-    `prompt` counts for the repetition penalty only; negative ids in it (image placeholders, padding) do not.
+    `prompt` counts for the rules on repeated tokens only; negative ids in it (image placeholders, padding) do not.
     `stop` ends a row after the tokens that it says True to; these are kept.
     """
     return decoding.unroll(step, logits, state, prompt, eos, generator, stop)
@@ -119,7 +129,7 @@ def stream(
     prompt: Int[Tensor, "B P"],
     eos: int | Sequence[int],
     sampling: Sampling,
-    generator: torch.Generator | None = None,
+    generator: Dice | None = None,
     stop: Stop | None = None,
 ) -> Iterator[Int[Tensor, "B"]]:
     """Tokens as they are made, one per row; a row that has ended repeats the (first) end token.
@@ -128,6 +138,7 @@ def stream(
     """
     ends = end_tokens(eos, logits.device)
     used = said(prompt, logits) if sampling.repetition_penalty != 1.0 else None
+    past = prompt
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     rows: list[list[int]] = [[] for _ in logits]
     chosen: Tensor
@@ -136,13 +147,16 @@ def stream(
         with torch.no_grad():
             if made:
                 logits, state = advance(step, chosen[:, None], state, own=made > 1)
-            chosen = choose(logits.float(), used, sampling, ends if made < sampling.min_new else None, generator)
+            scores = without_repeats(logits.float(), past, sampling.no_repeat_ngram)
+            chosen = choose(scores, used, sampling, ends if made < sampling.min_new else None, generator)
             chosen = torch.where(running, chosen, ends[0])
             running = running & (chosen[:, None] != ends).all(1)
             if stop is not None:
                 running = _ask(stop, rows, chosen, running)
             if used is not None:
                 used.scatter_(1, chosen[:, None], True)
+            if sampling.no_repeat_ngram:
+                past = torch.cat([past, chosen[:, None]], 1)
         yield chosen
         if not bool(running.any()):
             return
@@ -190,12 +204,23 @@ def penalise(scores: Float[Tensor, "B V"], used: Bool[Tensor, "B V"], penalty: f
     return torch.where(used, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
+def without_repeats(logits: Float[Tensor, "B V"], past: Int[Tensor, "B L"], size: int) -> Float[Tensor, "B V"]:
+    """Logits of -inf where a token would complete `size` tokens that stand together in a row's past; 0: as they are."""
+    if not 0 < size <= past.shape[1]:
+        return logits
+    windows = past.unfold(1, size, 1)
+    again = (windows[:, :, :-1] == past[:, None, past.shape[1] - size + 1 :]).all(2) & (windows >= 0).all(2)
+    # Counted, not set: a window that does not match must not take back what another forbids.
+    counts = torch.zeros_like(logits, dtype=torch.long)
+    return logits.masked_fill(counts.scatter_add_(1, windows[:, :, -1].clamp_min(0), again.long()) > 0, -torch.inf)
+
+
 def choose(
     logits: Float[Tensor, "B V"],
     used: Bool[Tensor, "B V"] | None,
     sampling: Sampling,
     forbidden: Int[Tensor, "F"] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Dice | None = None,
 ) -> Int[Tensor, "B"]:
     """The next token of each row; `used` marks tokens that the repetition penalty acts on."""
     if used is not None and sampling.repetition_penalty != 1.0:
@@ -210,7 +235,18 @@ def choose(
         logits = logits.masked_fill(logits < least, -torch.inf)
     if sampling.top_p is not None:
         logits = _nucleus(logits, sampling.top_p)
-    return torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    probability = logits.softmax(1)
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(probability, 1, generator=generator)[:, 0]
+    return _drawn_apart(probability, generator)
+
+
+def _drawn_apart(probability: Float[Tensor, "B V"], dice: Sequence[torch.Generator]) -> Int[Tensor, "B"]:
+    """A token of each row by its own generator: where its random number falls in the row's summed probabilities."""
+    numbers = torch.stack([torch.rand(1, generator=die, dtype=torch.double, device=die.device) for die in dice])
+    edges = probability.double().cumsum(1)
+    # A token without probability ends where the one before it does, so that no number falls on it.
+    return torch.searchsorted(edges, numbers.to(edges.device) * edges[:, -1:], right=True)[:, 0]
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:

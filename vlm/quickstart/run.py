@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vlm import __version__
+from vlm.captions import captions
 from vlm.config import schema
 from vlm.config.load import load
 from vlm.data.image import decode
@@ -26,7 +27,7 @@ from vlm.eval.run import retrieval
 from vlm.model.generate import Sampling
 from vlm.model.vlm import need
 from vlm.nn.backend import best_device
-from vlm.restore import Ready, captions, restore
+from vlm.restore import Ready, restore
 from vlm.train.log import note, read_metrics
 from vlm.train.run import train_run
 

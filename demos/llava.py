@@ -43,7 +43,7 @@ from vlm.train.parallel import Passes
 from vlm.train.task import Lm, Objective, Task
 from vlm.train.words import Words
 
-SETTINGS = {"size": 192, "side": 2, "views": 2, "batch": 16, "words": 600, "questions": 100}
+SETTINGS = {"size": 192, "side": 2, "views": 2, "batch": 16, "words": 300, "questions": 100}
 Texts = Callable[[RawSample, random.Random], Encoded]  # what a stage writes about a picture
 SETS = TRAIN, TEST
 AUGMENT = Augment((0.75, 1.32), 0.1, rotate=6.0, shift=0.03, brightness=0.1, contrast=0.15, saturation=0.3)
@@ -65,7 +65,8 @@ def parts(connector: str, classes: int, s: dict[str, int]) -> tuple[VisionLangua
     bridge: nn.Module = PrefixConnector(vision.dim, language.dim, vision.tokens, tokens, hidden=classes)
     if connector == "qformer":
         norm = nn.LayerNorm(vision.dim)
-        bridge = QFormer(vision.dim, 256, 2, 4, tokens, cross_every=1, image_norm=norm, out_dim=language.dim)
+        sizes = {"queries": tokens, "cross_every": 1, "out_dim": language.dim}
+        bridge = QFormer(vision.dim, 256, 2, 4, **sizes, image_norm=norm, dropout=0.1)
     return VisionLanguageModel(vision=vision, connector=bridge, language=language), tokenizer
 
 
@@ -81,15 +82,18 @@ def features(vision: GridEncoder, samples: list[RawSample], views: int) -> Tenso
     return torch.cat(cells)
 
 
-def batches(samples: list[RawSample], seen: Tensor, size: int, pad_id: int, texts: Texts) -> Iterator[Batch]:
+def batches(
+    samples: list[RawSample], seen: Tensor, size: int, pad_id: int, texts: Texts, noise: float = 0.0
+) -> Iterator[Batch]:
     """Pictures in random order without end, each in one of its views, with what `texts` makes of it."""
-    chooser, order = random.Random(0), list[int]()
+    chooser, order, spread = random.Random(0), list[int](), noise * float(seen.std())
     while True:
         while len(order) < size:
             order = chooser.sample(range(len(samples)), len(samples)) + order
         rows = [order.pop() for _ in range(size)]
         text = pad([texts(samples[i], chooser) for i in rows], pad_id)
         picked = seen[rows, [chooser.randrange(seen.shape[1]) for _ in rows]]
+        picked = picked + spread * torch.randn_like(picked)
         keys, owner, same = [samples[i].key for i in rows], torch.arange(size), torch.eye(size, dtype=torch.bool)
         yield Batch(keys, picked, keys, owner, [], captions=text, prompts=text, positive=same)
 
@@ -133,8 +137,11 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
         "words": lambda x, _: Encoded(words[x.id], words[x.id]),
         "questions": lambda x, chooser: conversation(tokenizer, turns(x.fields, chooser), model.connector.tokens),
     }
-    objectives = {"words": Words([i for ids in words.values() for i in ids]), "questions": Lm(tokenizer.size, 0)}
-    rules = [Rule("connector.*", 1e-3, 0.05)]
+    objectives = {
+        "words": Words([i for ids in words.values() for i in ids], label_smoothing=0.1),
+        "questions": Lm(tokenizer.size, 0),
+    }
+    rules, first = [Rule("connector.*", 1e-3, 0.05)], [Rule("connector.*", 3e-3, 0.05)]
     if connector == "mlp":
         note("[2/5] set the connector in closed form: from features to the words of the names")
         classes = torch.tensor([list(names).index(x.id) for x in pictures])
@@ -144,14 +151,14 @@ def main(out: Path, connector: str, s: dict[str, int]) -> None:
         rules = [Rule("connector.layers.0.*", 1e-5, 0.0), Rule("connector.*", 1e-3, 0.0)]  # thousands of inputs: slowly
     for number, (name, texts) in enumerate(stages.items(), 5 - len(stages)):
         note(f"[{number}/5] train the connector: {name}")
-        size = 128 if name == "words" else s["batch"]
-        data = batches(pictures, seen, size, tokenizer.pad, texts)
-        train(model, objectives[name], data, out / name, s[name], rules)
+        size, noise = (128, 0.5) if name == "words" else (s["batch"], 0.0)
+        data = batches(pictures, seen, size, tokenizer.pad, texts, noise)
+        train(model, objectives[name], data, out / name, s[name], first if name == "words" else rules)
 
     note("[5/5] ask about pictures in a drawing style that none of it has seen")
     model.eval()
-    said = Answers(ask(model, tokenizer, asked, NAME), ask(model, tokenizer, asked, CATEGORY))
-    found = report(out, test, said, connector, list(stages), time.perf_counter() - began)
+    answered = Answers(ask(model, tokenizer, asked, NAME), ask(model, tokenizer, asked, CATEGORY))
+    found = report(out, test, answered, connector, list(stages), time.perf_counter() - began)
     for key, question in (("name", NAME), ("category", CATEGORY)):
         print(f"{question:<40} {found[key]:5.1f} %   (always the most frequent: {found[f'majority_{key}']:.1f} %)")
     print(f"{found['seconds'] / 60:.1f} minutes; open {out / 'report.html'}")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tests import folders_own
 from tests.command import Commands
+from tests.eval.test_score import ANSWERS, REFERENCES, RESULTS, VQA
 from tests.folders import photographs
 from tests.test_export import RUNS, STEPS
 from tests.tiny import COLOURS, picture, settings, squares, write_config
@@ -52,6 +53,8 @@ def world(place: Path, vlm: Commands) -> Path:
     _pictures(place)
     _published(place)
     _runs(place, vlm)
+    _scored(place)
+    _records(place, vlm)
     return place
 
 
@@ -103,6 +106,35 @@ def _runs(place: Path, vlm: Commands) -> None:
         done = vlm("train", *arguments, "--out", f"runs/{name}", folder=place)
         assert done.code == 0, done.err
     shutil.copytree(place / "runs" / "linear", place / "runs" / "mine")
+
+
+def _scored(place: Path) -> None:
+    """Captions and answers that some tool wrote, beside what people said."""
+    files = {"results.json": RESULTS, "one.json": RESULTS[:1], "answers.json": ANSWERS}
+    files |= dict.fromkeys(["captions_val2014.json", "captions.json"], REFERENCES)
+    for name, content in {**files, "v2_mscoco_val2014_annotations.json": VQA}.items():
+        (place / name).write_text(json.dumps(content), encoding="utf-8")
+    (place / "val2014" / "x").mkdir(parents=True)
+    for name, colour in (("red", "red"), ("green", "green"), ("x/7", "blue")):
+        (place / "val2014" / f"{name}.png").write_bytes(picture(colour))
+
+
+def _records(place: Path, vlm: Commands) -> None:
+    """An index and two evaluations; what is copied to."""
+    runs = place / "runs"
+    (runs / "clip").symlink_to(runs / "quickstart" / "1-clip")
+    shutil.copy(place / "photos" / "0.png", place / "cat.jpg")
+    for name in ("bicycles", "sunsets"):
+        (place / name).mkdir()
+    data = ("vlm/quickstart/data/test-0000.tar", "--caption", "json:caption")
+    commands = [("index", "photos", "photos/.index", "-m", "runs/clip")]
+    commands += [
+        ("evaluate", *data, "-m", f"runs/quickstart/{run}", "--task", "retrieval", "--out", f"runs/{name}")
+        for name, run in (("e1", "1-clip"), ("e2", "2-qformer"))
+    ]
+    for command in commands:
+        done = vlm(*command, folder=place)
+        assert done.code == 0, done.err
 
 
 def copy(place: Path, folder: Path) -> Path:

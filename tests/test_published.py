@@ -161,7 +161,7 @@ def test_retrieval_of_blip2_with_its_matching_head(
         logits = made.model(pixel_values=many, use_image_text_matching_head=True, **given).logits_per_image
         rows.append(logits.softmax(1)[:, 1])
     itm = torch.stack(rows) + itc / temperature
-    options = ("--caption", "txt", "--json", "--rerank", COUNT)
+    options = ("--caption", "txt", "--json", "--rerank", COUNT, "--task", "retrieval")
     done = run(vlm, tmp_path, "evaluate", tar, *published.options, *options)
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)["tasks"]["retrieval"]["metrics"]

@@ -52,7 +52,7 @@ def test_files_are_short() -> None:
 
 
 def test_demos_are_shorter() -> None:
-    limits = {"llava": 175}  # a whole system, from two packages to a report
+    limits = {"llava": 180}  # a whole system, from two packages to a report
     lengths = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in DEMOS}
     assert [name for name, lines in lengths.items() if lines >= limits.get(name, 60)] == []
 

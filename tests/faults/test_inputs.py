@@ -228,7 +228,7 @@ def test_what_is_no_run(vlm: Commands, place: Path, verb: list[str]) -> None:
 
 
 def test_a_run_that_cannot_do_it(vlm: Commands, trained: Path) -> None:
-    assert refused(vlm, trained, "evaluate", "squares.tar", "--model", "runs/decoder") == [
+    assert refused(vlm, trained, "evaluate", "squares.tar", "--model", "runs/decoder", "--task", "retrieval") == [
         "vlm: runs/decoder was trained without itc, so it cannot rank images and texts"
     ]
     (trained / "red.png").write_bytes(picture("red"))

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 from vlm.loss.words import chance, word_logits, word_loss
-from vlm.train.words import filled
 
 WORDS = torch.randn(7, 16, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.3
 
@@ -45,7 +44,3 @@ def test_chance_is_what_the_middle_gives() -> None:
     middle = many.mean(0).expand(20, 25, 64)
     found = float(word_loss(middle, many, torch.arange(500).view(20, 25)))
     assert found == pytest.approx(chance(500), rel=0.01) and chance(500) == math.log(500) + 0.3
-
-
-def test_names_fill_all_tokens() -> None:
-    assert filled([5, 8], 4, 0) == [5, 8, 0, 0] and filled([1, 2, 3], 2, 0) == [1, 2]

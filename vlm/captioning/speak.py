@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vlm.captioning.wishes import Words
-from vlm.captions import longest_text, written
+from vlm.captions import longest_text, usual_decoding, written
 from vlm.config.schema import ChatData
 from vlm.data.image import ImageTransform
 from vlm.model.beam import Beams
@@ -34,12 +34,11 @@ class Speaker:
 
     def __init__(self, ready: Ready, words: Words, size: int | None = None) -> None:
         """`size`: pictures in a batch, as many as fit into memory unless given. ValueError: it cannot do that."""
+        data = ready.data  # of a model that knows text alone there is none, which it says
         if not ready.writes:
             raise ValueError(f"{ready.name} was trained without lm, so it cannot write captions")
-        if words.ask is not None and not isinstance(ready.data, ChatData):
-            raise ValueError(
-                f"--ask: {ready.name} was trained on captions ({ready.data.kind}), not to answer questions"
-            )
+        if words.ask is not None and not isinstance(data, ChatData):
+            raise ValueError(f"--ask: {ready.name} was trained on captions ({data.kind}), not to answer questions")
         self.ready, self.words, self.how = ready, words, decoding(ready, words)
         first = next(ready.model.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -96,7 +95,7 @@ def decoding(ready: Ready, words: Words) -> Decoding:
                 raise ValueError(f"--num-captions {count}: {ready.name} writes with {how.width} beams; raise --beams")
             return replace(how, returned=count)
     else:
-        usual = longest_text(ready)
+        usual = longest_text(ready) if usage is None else usual_decoding(ready, words.ask is not None).max_new
         if ready.model.language is None and words.prompt:  # a Q-Former's limit counts the words that are given too
             usual = max(1, usual - len(ready.tokenizer.encode(words.prompt.strip())))
         longest = usual if words.max_new is None else words.max_new

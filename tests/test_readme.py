@@ -14,7 +14,8 @@ from vlm.config.schema import Run
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [re.split(r"  #| [|<>] ", line[2:])[0] for block in BLOCKS for line in block.splitlines() if line.startswith("$ vlm ")]
+LINES = [line for block in BLOCKS for line in block.splitlines() if line.startswith("$ vlm ")]
+COMMANDS = [re.split(r"  #| [|<>] ", line[2:])[0] for line in LINES]
 
 
 def test_it_is_short() -> None:

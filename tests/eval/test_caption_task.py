@@ -81,6 +81,11 @@ def test_captions_of_a_captioner(folder: Path) -> None:
     page = render(Page("captions", "", [], found.sections))
     assert all(title in page for title in ("CIDEr-D", "Best captions by CIDEr-D", "Worst captions by CIDEr-D"))
     assert "a red square" in page
+    assert found.metrics["at_limit"] == 0
+    short = captions(
+        restore(folder / "decoder"), [str(folder / "test.tar")], decoding=Sampling(2), gap=False, java=False
+    )
+    assert short.metrics["at_limit"] == 100
 
 
 def test_several_records_of_a_picture_are_one_caption(folder: Path) -> None:

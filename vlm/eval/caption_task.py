@@ -11,8 +11,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from vlm import build_data
-from vlm.captions import captions as write
 from vlm.captions import usual_decoding
+from vlm.captions import written as write
 from vlm.config import schema
 from vlm.data.image import BadSample, decode
 from vlm.data.pictures import Pictures
@@ -40,9 +40,17 @@ class Written:
 
     ids: list[str]
     captions: list[str]
+    cut: list[bool]  # ended only because they were as long as they may be
     references: list[list[str]]
     places: list[int]
     bad: Mapping[str, int]
+
+    def add(self, ready: Ready, images: Sequence[Tensor], decoding: Decoding, generator: torch.Generator) -> None:
+        """What the model writes about the next pictures."""
+        batch = torch.stack(list(images)).to(generator.device)
+        best = [row[0] for row in write(ready, batch, decoding, generator)]
+        self.captions.extend(one.text for one in best)
+        self.cut.extend(one.finish == "length" for one in best)
 
 
 def captions(
@@ -69,7 +77,7 @@ def captions(
         print(source.about, file=sys.stderr)
     decoding = usual_decoding(ready) if decoding is None else decoding
     written = _written(ready, source, decoding, seed)
-    scores = score_captions(written.captions, written.references, fixed, java=java)
+    scores = score_captions(written.captions, written.references, fixed, written.cut, java=java)
     metrics = {**scores.metrics, "exact": 100 * sum(_exact(written)) / len(written.ids), **scores.statistics}
     chance = _chance(written, fixed)
     if gap:
@@ -112,7 +120,7 @@ def _written(ready: Ready, source: Pictures, decoding: Decoding, seed: int) -> W
     """One caption a picture; further records of a picture add their captions to its references."""
     transform = need(ready.model.vision, "image encoder").transform
     known: dict[str, int] = {}
-    found = Written([], [], [], [], Counter())
+    found = Written([], [], [], [], [], Counter())
     generator = torch.Generator(next(ready.model.parameters()).device).manual_seed(seed)
     waiting: list[Tensor] = []
     for place in _progress(len(source)):
@@ -130,10 +138,10 @@ def _written(ready: Ready, source: Pictures, decoding: Decoding, seed: int) -> W
         found.references.append(list(raw.captions))
         found.places.append(place)
         if len(waiting) == ready.batch_size:
-            found.captions.extend(write(ready, torch.stack(waiting), decoding, generator))
+            found.add(ready, waiting, decoding, generator)
             waiting.clear()
     if waiting:
-        found.captions.extend(write(ready, torch.stack(waiting), decoding, generator))
+        found.add(ready, waiting, decoding, generator)
     if not found.ids:
         raise ValueError(f"{source.files[0]}: no sample is usable: {dict(found.bad)}")
     return found

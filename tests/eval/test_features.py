@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from tests.eval.noisy import noisy
@@ -23,7 +21,6 @@ from vlm.data.loader import Loader
 from vlm.eval import feature_files
 from vlm.eval.features import Features, extract, match_pairs
 from vlm.eval.origin import data_fingerprint
-from vlm.eval.rows import Rows, Stacked, Strings
 from vlm.restore import Ready
 
 SAMPLES = 22
@@ -412,34 +409,3 @@ def test_no_usable_sample(ready: Ready, tmp_path: Path) -> None:
     shard = pack(tmp_path / "bad.tar", [("a.png", b"no"), ("a.txt", b"a"), ("b.png", b"no"), ("b.txt", b"b")])
     with pytest.raises(ValueError, match=f"^{re.escape(str(shard))}: no sample is usable: {{'not an image': 2}}$"):
         extract(ready.model, loader(ready, shard), False)
-
-
-# --- flat rows -------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.text()))
-def test_strings(texts: list[str]) -> None:
-    packed = Strings.of(texts)
-    assert list(packed) == [text.encode("utf-8", "replace").decode() for text in texts]
-    assert packed[1:3] == list(packed)[1:3]
-    assert not texts or packed[-1] == packed[len(texts) - 1]
-    with pytest.raises(IndexError):
-        packed[len(texts)]
-
-
-@given(st.lists(st.lists(st.integers(0, 9)), min_size=1), st.integers(0, 5))
-def test_rows(rows: list[list[int]], cut: int) -> None:
-    made = [Rows.of(map(torch.tensor, part), torch.int64) for part in (rows[:cut], rows[cut:])]
-    joined = Rows.joined(made)
-    assert [joined[place].tolist() for place in range(len(joined))] == rows
-
-
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 99))
-def test_stacked(sizes: list[int], seed: int) -> None:
-    whole = torch.arange(sum(sizes) * 6).reshape(-1, 2, 3)
-    stacked = Stacked(whole.split(sizes))
-    rows = torch.randint(0, len(whole), (5,), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(stacked.take(rows), whole[rows])
-    some = stacked.select(rows)
-    assert torch.equal(some.take(torch.tensor([4, 0])), whole[rows[[4, 0]]])
-    assert torch.equal(torch.stack(list(some.select(torch.tensor([2])))), whole[rows[[2]]])

@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
     for i, seen in enumerate(folders.photographs(2)):
         seen.save(folder / "photos" / f"{i}.png")
-    pack(folder / "shards" / "000000.tar", [("a.png", picture("red")), ("a.txt", b"red")])
+    pack(folder / "shards" / "000.tar", [("a.png", picture("red")), ("a.txt", b"red")])
     return folder
 
 

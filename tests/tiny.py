@@ -22,7 +22,7 @@ from vlm.train.experts import Health
 from vlm.train.loop import one_step
 from vlm.train.optim import assign, make_optimizer
 from vlm.train.parallel import Passes
-from vlm.train.run import frozen_parts, objective, rules
+from vlm.train.run import frozen_parts, objective, rules, train_run
 from vlm.train.task import Task
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "orange", "purple", "cyan")
@@ -159,3 +159,21 @@ class Made:
         template = build_data.caption_template(self.run)
         made = collate(samples, self.tokenizer, self.run.data.max_tokens, template, self.model.image_tokens)
         return replace(made, images=self.model.vision.transform.normalize(made.images))
+
+
+def rate(value: float) -> str:
+    """One learning rate for all."""
+    return f"train.params=[{{match: '.*', lr: {value}}}]"
+
+
+def learned(folder: Path, *kinds: str) -> None:
+    """Runs FOLDER/KIND that have learned eight colours; "clip" first, from whose encoder the others start."""
+    common = ("train.batch_size=16", "train.log_every=60", "train.warmup=10", "data.cache_mb=8")
+    frozen = ("model.vision.frozen=true", f"model.init.vision={folder / 'clip'}", rate(2e-2))
+    given = {
+        "clip": ("train.steps=60", rate(5e-3)),
+        "qformer": (*frozen, "train.steps=120", "model.connector.queries=4"),
+        "decoder": (*frozen, "train.steps=60"),
+    }
+    for kind in kinds:
+        train_run(tiny_run(folder, kind, *common, *given[kind]), folder / kind)

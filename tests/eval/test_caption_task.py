@@ -16,6 +16,7 @@ from vlm.data.text import encode_caption
 from vlm.eval.answer_task import answers
 from vlm.eval.caption_task import captions
 from vlm.eval.clipscore import PREFIX, clip_scores, harmonic_mean
+from vlm.eval.data import open_evaluation_data
 from vlm.eval.report import Page, render
 from vlm.model.generate import Sampling
 from vlm.model.likelihood import likelihood
@@ -67,7 +68,9 @@ def chat(folder: Path) -> Ready:
 
 
 def test_captions_of_a_captioner(folder: Path) -> None:
-    found = captions(restore(folder / "decoder"), [str(folder / "test.tar")], java=False)
+    decoder = restore(folder / "decoder")
+    data = open_evaluation_data([str(folder / "test.tar")], decoder.data)
+    found = captions(decoder, data, java=False)
     assert found.counts == {"images": 8, "references": 8, "unusable": {}}
     assert found.metrics["exact"] >= 75
     assert found.metrics["meteor"] is None
@@ -82,9 +85,7 @@ def test_captions_of_a_captioner(folder: Path) -> None:
     assert all(title in page for title in ("CIDEr-D", "Best captions by CIDEr-D", "Worst captions by CIDEr-D"))
     assert "a red square" in page
     assert found.metrics["at_limit"] == 0
-    short = captions(
-        restore(folder / "decoder"), [str(folder / "test.tar")], decoding=Sampling(2), gap=False, java=False
-    )
+    short = captions(decoder, data, decoding=Sampling(2), gap=False, java=False)
     assert short.metrics["at_limit"] == 100
 
 
@@ -92,20 +93,24 @@ def test_several_records_of_a_picture_are_one_caption(folder: Path) -> None:
     rows = [{"image": f"{number}.png", "caption": f"a {colour} square"} for number, colour in enumerate(COLOURS[:3])]
     table = folder / "pictures" / "rows.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "caption": "red, square"}]))
-    found = captions(restore(folder / "decoder"), [str(table)], "json:caption", gap=False, java=False)
+    decoder = restore(folder / "decoder")
+    data = open_evaluation_data([str(table)], decoder.data, caption="json:caption")
+    found = captions(decoder, data, gap=False, java=False)
     assert (found.counts["images"], found.counts["references"]) == (3, 4)
     assert "vision_gap" not in found.metrics
 
 
 def test_captions_of_a_model_that_answers(chat: Ready, folder: Path) -> None:
-    found = captions(chat, [str(folder / "test.tar")], decoding=Sampling(3), java=False)
+    found = captions(
+        chat, open_evaluation_data([str(folder / "test.tar")], chat.data), decoding=Sampling(3), java=False
+    )
     assert found.counts["images"] == 8
     assert isinstance(found.metrics["vision_gap"], float)
 
 
 def test_an_encoder_writes_no_captions(encoder: Ready, folder: Path) -> None:
     with pytest.raises(ValueError, match="was trained without lm, so it cannot write captions"):
-        captions(encoder, [str(folder / "test.tar")])
+        captions(encoder, open_evaluation_data([str(folder / "test.tar")], encoder.data))
 
 
 def lines(folder: Path, rows: list[dict[str, Any]]) -> Path:

@@ -12,10 +12,11 @@ import torch
 
 from tests.command import Commands
 from tests.eval.refusals import FILES, refused
+from tests.eval.test_protocol import karpathy
 from tests.tiny import pack
 from vlm.cli_evaluate import TASKS as NAMES
 from vlm.eval.compare import compare
-from vlm.eval.data import open_evaluation_data
+from vlm.eval.data import EvaluationData, open_evaluation_data
 from vlm.eval.measure import measures
 from vlm.eval.outcome import Outcome
 from vlm.eval.protocol import PROTOCOLS, Protocol
@@ -204,6 +205,17 @@ def test_unless_named_all_is_measured_that_the_model_can(place: Path, tmp_path: 
     assert "Retrieval" in page and "CIDEr-D" in page
 
 
+def test_a_protocol_holds_for_captions_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its split alone, with all that people wrote about it; retrieval takes five captions a picture."""
+    tiny = {name: replace(one, images=10, captions=50) for name, one in PROTOCOLS.items()}
+    monkeypatch.setattr("vlm.eval.protocol.PROTOCOLS", tiny)
+    asked = Request([str(karpathy(tmp_path / "coco"))], protocol="coco-5k")
+    evaluate(str(place / "qformer"), asked, out=tmp_path / "out")
+    told = read(tmp_path / "out").record["tasks"]
+    assert told["retrieval"]["counts"] == {"images": 10, "captions": 50, "unusable": {}}
+    assert told["captions"]["counts"] == {"images": 10, "references": 51, "unusable": {}}
+
+
 def test_answers_take_one_file_and_a_folder(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--images FOLDER"):
         evaluate(str(place / "decoder"), Request(["q.json"]), ["answers"], tmp_path / "one")
@@ -212,7 +224,7 @@ def test_answers_take_one_file_and_a_folder(place: Path, tmp_path: Path) -> None
 
 
 def test_a_task_on_questions_opens_no_pictures(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def count(trained: Ready, asked: Request) -> Outcome:
+    def count(trained: Ready, asked: Request, _: EvaluationData | None) -> Outcome:
         lines = Path(asked.shards[0]).read_text().splitlines()
         values = {"length": torch.tensor([len(line) for line in lines])}
         return Outcome({"lines": len(lines)}, {}, {"lines": len(lines)}, {}, values, {"length": lines})

@@ -7,31 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import pack, picture, squares, tiny_run
+from tests.tiny import learned, pack, picture, squares
 from vlm import build_data
 from vlm.data.shards import Shards
 from vlm.eval.features import extract, match_pairs
 from vlm.eval.run import evaluate, retrieval
 from vlm.eval.tasks import Request
 from vlm.restore import restore
-from vlm.train.run import train_run
 
 WAYS, MEASURES = {"t2i", "i2t"}, {"R@1", "R@5", "R@10", "mean_rank", "median_rank"}
-
-
-def rate(value: float) -> str:
-    return f"train.params=[{{match: '.*', lr: {value}}}]"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs that have learned eight colours."""
     folder = tmp_path_factory.mktemp("runs")
-    common = ("train.batch_size=16", "train.log_every=60", "train.warmup=10", "data.cache_mb=8")
-    train_run(tiny_run(folder, "clip", *common, "train.steps=60", rate(5e-3)), folder / "clip")
-    frozen = ("model.vision.frozen=true", f"model.init.vision={folder / 'clip'}", rate(2e-2))
-    learned = ("train.steps=120", "model.connector.queries=4")
-    train_run(tiny_run(folder, "qformer", *common, *frozen, *learned), folder / "qformer")
+    learned(folder, "clip", "qformer")
     squares(folder / "test.tar", 8, "t")
     return folder
 

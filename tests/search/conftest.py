@@ -6,20 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import COLOURS, picture, tiny_run
+from tests.tiny import COLOURS, learned, picture, rate, tiny_run
 from vlm.train.run import train_run
-
-
-def rate(value: float) -> str:
-    return f"train.params=[{{match: '.*', lr: {value}}}]"
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`clip`, `decoder` (no contrastive head), `other` (as clip, untrained)."""
     folder = tmp_path_factory.mktemp("runs")
-    common = ("train.batch_size=16", "train.log_every=60", "train.warmup=10", "data.cache_mb=8")
-    train_run(tiny_run(folder, "clip", *common, "train.steps=60", rate(5e-3)), folder / "clip")
+    learned(folder, "clip")
     train_run(tiny_run(folder, "decoder", "train.steps=1"), folder / "decoder")
     train_run(tiny_run(folder, "clip", "train.steps=1"), folder / "other")
     return folder

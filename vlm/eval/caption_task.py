@@ -1,6 +1,5 @@
 """Captions of a data set by a model that writes: scores, what chance gives, whether it looks at the pictures."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +15,10 @@ from vlm.captions import written as write
 from vlm.config import schema
 from vlm.data.image import BadSample, decode
 from vlm.data.pictures import Pictures
-from vlm.data.sources import Source
 from vlm.eval.caption import same
 from vlm.eval.caption_scores import BEST, COCO, TITLES, CaptionScores, score_captions
 from vlm.eval.cider import Frequencies
+from vlm.eval.data import EvaluationData
 from vlm.eval.gallery import small
 from vlm.eval.outcome import Outcome
 from vlm.eval.report import Card, Gallery, Score, Section, Table
@@ -55,8 +54,7 @@ class Written:
 
 def captions(
     ready: Ready,
-    shards: Sequence[str],
-    caption: str | None = None,
+    data: EvaluationData,
     decoding: Decoding | None = None,
     seed: int = 0,
     fixed: Frequencies | None = None,
@@ -65,23 +63,23 @@ def captions(
 ) -> Outcome:
     """Captions each picture of a data set once and compares with all its captions.
 
-    `caption`: where they stand, the run's own setting unless given. `decoding`: `usual_decoding` unless given; `seed`:
+    `decoding`: `usual_decoding` unless given; `seed`:
     of its draws. `fixed`, `java`: as of `score_captions`. `gap`: the vision gap too, some passes over the data.
-    ValueError: a model that does not write, features in place of pictures, no usable sample.
+    ValueError: a model that does not write, data of classes, features in place of pictures, no usable sample.
     """
     if not ready.writes:
         raise ValueError(f"{ready.name} was trained without lm, so it cannot write captions")
-    settings = _pairs(ready, caption)
-    source = build_data.shards(settings, list(shards))
-    if isinstance(source, Source):
-        print(source.about, file=sys.stderr)
+    if data.labels is not None:
+        remedy = "name --task classification"
+        raise ValueError(f"--task captions: {data.source.files[0]} has classes in place of captions: {remedy}")
+    source = data.source
     decoding = usual_decoding(ready) if decoding is None else decoding
     written = _written(ready, source, decoding, seed)
     scores = score_captions(written.captions, written.references, fixed, written.cut, java=java)
     metrics = {**scores.metrics, "exact": 100 * sum(_exact(written)) / len(written.ids), **scores.statistics}
     chance = _chance(written, fixed)
     if gap:
-        metrics |= _gap(ready, settings, source)
+        metrics |= _gap(ready, data)
     return Outcome(
         metrics=metrics,
         chance=chance,
@@ -106,14 +104,6 @@ def captions(
         groups={f"captions/{name}": written.ids for name in [*scores.each, "exact"] if not name.startswith("bleu")},
         sections=_sections(source, written, scores, chance),
     )
-
-
-def _pairs(ready: Ready, caption: str | None) -> schema.PairData:
-    """How a data set of captions is read, also for a model that was trained on conversations."""
-    data = ready.data
-    own = data.model_dump(include={"train", "images", "image", "caption", "id", "max_bad_fraction", "shard_cache"})
-    pairs = data if isinstance(data, schema.PairData) else schema.PairData(**own)
-    return pairs.model_copy(update={"caption": caption or data.caption})
 
 
 def _written(ready: Ready, source: Pictures, decoding: Decoding, seed: int) -> Written:
@@ -167,7 +157,7 @@ def _chance(written: Written, fixed: Frequencies | None) -> dict[str, float | No
     return dict(found.metrics)
 
 
-def _gap(ready: Ready, settings: schema.PairData, source: Pictures) -> dict[str, float]:
+def _gap(ready: Ready, data: EvaluationData) -> dict[str, float]:
     """The loss of the true captions, and how much more a token of them costs with another picture."""
     model, tokenizer = ready.model, ready.tokenizer
     talks = None
@@ -175,8 +165,8 @@ def _gap(ready: Ready, settings: schema.PairData, source: Pictures) -> dict[str,
         form, words, _ = ready.form(None)
         talks = replace(form, questions=(words,))
     loader = build_data.evaluation_loader(
-        settings if talks is None else ready.data,
-        source,
+        data.settings if talks is None else ready.data,
+        data.source,
         need(model.vision, "image encoder").transform,
         tokenizer,
         ready.batch_size,

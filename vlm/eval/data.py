@@ -14,15 +14,13 @@ from vlm.eval.features import Features
 from vlm.eval.protocol import Protocol, find_protocol
 from vlm.restore import Ready
 
-Settings = schema.PairData | schema.ChatData
-
 
 @dataclass(frozen=True)
 class EvaluationData:
     """A source, and what is known of it. `labels`: where classes stand in it; None: it has captions."""
 
     source: Pictures
-    settings: Settings
+    settings: schema.PairData
     protocol: Protocol | None = None
     benchmark: Benchmark | None = None
     labels: str | None = None
@@ -45,13 +43,14 @@ class EvaluationData:
 
 def open_evaluation_data(
     names: Sequence[str],
-    settings: Settings,
+    given: schema.Data,
     protocol: str | None = None,
     caption: str | None = None,
     labels: str | None = None,
     images: Path | None = None,
 ) -> EvaluationData:
-    """Opens what `names` are. `settings`: of the model's data, whose captions and ids are taken unless said otherwise.
+    """Opens what `names` are. `given`: settings of the model's data, whose captions and ids are taken unless said
+    otherwise; captions are read also for a model that was trained on conversations.
 
     `protocol`: a name of `PROTOCOLS`; its data may be Karpathy's JSON, a folder with it, or shards of that data.
     `caption`: where captions stand; `labels`: where classes stand, such as json:group or cls; `images`: the folder that
@@ -60,6 +59,7 @@ def open_evaluation_data(
     """
     if labels is not None and (caption is not None or protocol is not None):
         raise ValueError(f"--labels {labels}: a set is measured by its classes or by its captions; give one of the two")
+    settings = _pairs(given)
     standard = None if protocol is None else find_protocol(protocol)
     found = find_benchmark(names[0]) if len(names) == 1 and labels is None else None
     if found is not None:
@@ -87,7 +87,14 @@ def folds(features: Features, protocol: Protocol | None) -> list[Features]:
     return [features.select(((places >= p.start) & (places < p.stop)).nonzero().flatten()) for p in parts]
 
 
-def _benchmark(found: Benchmark, settings: Settings, standard: Protocol | None, caption: str | None) -> EvaluationData:
+def _pairs(given: schema.Data) -> schema.PairData:
+    shared = {"train", "images", "image", "caption", "id", "max_bad_fraction", "shard_cache"}
+    return given if isinstance(given, schema.PairData) else schema.PairData(**given.model_dump(include=shared))
+
+
+def _benchmark(
+    found: Benchmark, settings: schema.PairData, standard: Protocol | None, caption: str | None
+) -> EvaluationData:
     if found.classes and (standard is not None or caption is not None):
         what = f"--caption {caption}" if standard is None else f"--protocol {standard.name}"
         raise ValueError(f"{found.folder}: has classes, and {what} is about captions: leave it away")
@@ -97,7 +104,7 @@ def _benchmark(found: Benchmark, settings: Settings, standard: Protocol | None, 
     return EvaluationData(source, chosen, standard, found, LABEL if found.classes else None)
 
 
-def _plain(settings: Settings, names: Sequence[str], image: str) -> Pictures:
+def _plain(settings: schema.PairData, names: Sequence[str], image: str) -> Pictures:
     """Pictures with captions, whatever the model was trained on."""
     cache, limit = build_data.shard_cache(settings), settings.max_bad_fraction
     return open_pictures(list(names), image, settings.caption, settings.id, settings.images, limit, cache)

@@ -21,7 +21,7 @@ def measures(name: str, values: Shaped[Tensor, "n"]) -> dict[str, Tensor]:
 
 
 def intervals(
-    values: Mapping[str, Shaped[Tensor, "n"]], groups: Mapping[str, Sequence[str]], seed: int
+    values: Mapping[str, Shaped[Tensor, "_"]], groups: Mapping[str, Sequence[str]], seed: int
 ) -> dict[str, tuple[float, float]]:
     """95 % of the figures that `measures` gives."""
     found = {}

@@ -24,9 +24,9 @@ class Outcome:
     chance: Mapping[str, Any]
     counts: Mapping[str, Any]
     protocol: Mapping[str, Any]  # what decides the figures: tie rule, k, prompts, normalisation
-    values: Mapping[str, Shaped[Tensor, "n"]] = field(default_factory=dict)
+    values: Mapping[str, Shaped[Tensor, "_"]] = field(default_factory=dict)
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sections: Sequence[Section] = ()  # of the report, the first one its table beside chance
     queries: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    samples: Mapping[str, Int[Tensor, "n"]] = field(default_factory=dict)
+    samples: Mapping[str, Int[Tensor, "_"]] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)

@@ -3,7 +3,6 @@
 Letters: N images, M texts, P pairs.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,8 +96,6 @@ def rank(trained: Ready, data: EvaluationData, k: int = 16, folder: Path | None 
     if data.labels is not None:
         remedy = "name --task classification"
         raise ValueError(f"--task retrieval: {data.source.files[0]} has classes in place of captions: {remedy}")
-    if data.about:
-        print(data.about, file=sys.stderr)
     loader = data.loader(trained)
     features = extract(model, loader, keep_tokens=model.match is not None, folder=folder)
     folds = [_ranked(model, part, k) for part in _folds(features, data.protocol)]

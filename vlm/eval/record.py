@@ -154,10 +154,10 @@ class Evaluation:
 
     folder: Path
     record: Mapping[str, Any]
-    values: Mapping[str, Shaped[Tensor, "n"]]
+    values: Mapping[str, Shaped[Tensor, "_"]]
     queries: Mapping[str, Sequence[str]]
     groups: Mapping[str, Sequence[str]]
-    samples: Mapping[str, Int[Tensor, "n"]]
+    samples: Mapping[str, Int[Tensor, "_"]]
 
 
 def read(folder: Path) -> Evaluation:

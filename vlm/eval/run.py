@@ -1,6 +1,7 @@
 """`vlm evaluate`: a trained model against a data set, with a record for programs and a page for people."""
 
 import json as jsonlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ def evaluate(
         raise ValueError(f"--features keeps what float32 gives: leave --dtype {dtype} away, or --features")
     trained = open_model(model, best_device(), parts)
     chosen, data = chosen_tasks(trained, asked, tasks)
+    _tell(data)
     if names is not None:
         chosen = chosen if tasks else [name for name in chosen if name in NAMED[names]]
         refuse_unnamed(chosen, names)
@@ -61,7 +63,7 @@ def evaluate(
     for name in chosen:
         start = time.perf_counter()
         with _in(dtype):
-            outcomes[name] = TASKS[name].run(trained, asked)
+            outcomes[name] = TASKS[name].run(trained, asked, data)
         seconds[name] = time.perf_counter() - start
     found = {name: _told(outcome, asked.seed) for name, outcome in outcomes.items()}
     looks = [] if data is None else attention_section(trained, data.source)
@@ -77,6 +79,12 @@ def evaluate(
     if not json and names is None:
         print(f"open {folder / REPORT}")
     return folder
+
+
+def _tell(data: EvaluationData | None) -> None:
+    """What the data was recognised as."""
+    if data is not None and data.about:
+        print(data.about, file=sys.stderr)
 
 
 @contextmanager
@@ -143,7 +151,9 @@ def _told(outcome: Outcome, seed: int) -> dict[str, Any]:
 
 def retrieval(trained: Ready, shards: Sequence[str], caption: str | None = None, k: int = 16) -> dict[str, Any]:
     """Recalls and ranks of a data set by method, beside chance; as of `rank`."""
-    ranked = rank(trained, open_evaluation_data(shards, trained.data, caption=caption), k)
+    data = open_evaluation_data(shards, trained.data, caption=caption)
+    _tell(data)
+    ranked = rank(trained, data, k)
     return {
         "retrieval": {way: ranked.summary(way) for way in ranked.methods},
         "chance": ranked.chance(),

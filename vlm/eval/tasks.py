@@ -44,17 +44,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """A function that gives an outcome; `questions`: its data is a file of questions, not a source of pictures."""
+    """A function that gives an outcome; `questions`: its data is a file of questions, and none is opened for it."""
 
-    run: Callable[[Ready, Request], Outcome]
+    run: Callable[[Ready, Request, EvaluationData | None], Outcome]
     questions: bool = False
 
 
+def _opened(data: EvaluationData | None) -> EvaluationData:
+    assert data is not None, "only tasks on questions are without"
+    return data
+
+
 TASKS: Mapping[str, Task] = {
-    "retrieval": Task(lambda t, r: retrieval_task(t, r.open(t), r.rerank, r.seed, r.features)),
-    "captions": Task(lambda t, r: captions(t, r.shards, r.caption, seed=r.seed)),
-    "answers": Task(lambda t, r: answers(t, *r.questions(), r.annotations, seed=r.seed), questions=True),
-    "classification": Task(lambda t, r: classify(t, r.shards, r.labels, r.classes, r.templates, r.images, r.features)),
+    "retrieval": Task(lambda t, r, d: retrieval_task(t, _opened(d), r.rerank, r.seed, r.features)),
+    "captions": Task(lambda t, r, d: captions(t, _opened(d), seed=r.seed)),
+    "answers": Task(lambda t, r, _: answers(t, *r.questions(), r.annotations, seed=r.seed), questions=True),
+    "classification": Task(
+        lambda t, r, _: classify(t, r.shards, r.labels, r.classes, r.templates, r.images, r.features)
+    ),
 }
 
 

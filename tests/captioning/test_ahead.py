@@ -91,3 +91,11 @@ def test_errors_of_the_items_come_after_what_was_before_them() -> None:
     with pytest.raises(ValueError, match="no list"):
         ahead.take(8)
     ahead.close()
+
+
+def test_nothing_reads_on_when_it_is_closed() -> None:
+    """A thread of torch's cut off by the end of the interpreter aborts the process: `vlm caption … | head` did."""
+    ahead = Ahead(range(1_000_000), lambda item: item, workers=1, window=4)
+    assert ahead.take(1) == [(0, 0)]
+    ahead.close()
+    assert "read" not in [thread.name for thread in threading.enumerate()]

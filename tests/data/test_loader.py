@@ -14,7 +14,7 @@ from tests.data.shard_files import numbered, picture, write
 from vlm.data.augment import Augment
 from vlm.data.batch import Batch
 from vlm.data.image import ImageTransform, decode
-from vlm.data.loader import Loader
+from vlm.data.loader import Loader, _unless_main_ended
 from vlm.data.shards import Shards
 from vlm.data.text import Tokenizer, train_bpe
 
@@ -246,3 +246,13 @@ def test_the_first_caption_can_be_kept(tmp_path: Path, bpe: Tokenizer) -> None:
     drawn = [batch.strings for batch in itertools.islice(loader.train(count()), 40)]
     assert all(strings[0] == "name" and len(strings) == 2 for strings in drawn)
     assert {strings[1] for strings in drawn} == {"first", "second", "third"}
+
+
+def test_a_worker_says_nothing_when_main_has_ended_while_it_hands_over_tensors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _unless_main_ended(EOFError, EOFError(), None)
+    _unless_main_ended(ConnectionResetError, ConnectionResetError(104, "reset"), None)
+    assert capsys.readouterr().err == ""
+    _unless_main_ended(KeyError, KeyError("told"), None)
+    assert "KeyError: 'told'" in capsys.readouterr().err

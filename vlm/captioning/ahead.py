@@ -28,7 +28,8 @@ class Ahead(Generic[A, B]):
         self._ended = self._closed = False
         self._error: Exception | None = None
         # A reader that waits for standard input must not keep the process alive.
-        Thread(target=self._read, daemon=True, name="read").start()
+        self._reader = Thread(target=self._read, daemon=True, name="read")
+        self._reader.start()
 
     def _read(self) -> None:
         try:
@@ -72,6 +73,9 @@ class Ahead(Generic[A, B]):
         self._closed = True
         self._room.release()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        # A daemon that runs when the interpreter ends is cut off, which aborts the process where torch frees a tensor;
+        # one that waits for standard input is safe.
+        self._reader.join(PATIENCE)
 
 
 def _left(late: float | None) -> float | None:

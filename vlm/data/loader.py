@@ -6,9 +6,11 @@ So a run can stop and go on at any step, with any number of workers, cache or no
 import logging
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -157,7 +159,7 @@ class Loader:
                     sampler=steps,
                     num_workers=self.workers,
                     collate_fn=_unchanged,
-                    worker_init_fn=_ignore_signals,
+                    worker_init_fn=_begin_worker,
                     generator=torch.Generator(),  # else starting the workers would draw from the global one
                 )
             )
@@ -272,7 +274,7 @@ def in_order(items: Dataset[T], count: int, workers: int) -> Iterator[T]:
             sampler=range(count),
             num_workers=workers,
             collate_fn=_unchanged,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin_worker,
         )
     )
 
@@ -281,7 +283,14 @@ def _unchanged(work: Any) -> Any:
     return work
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """What asks the job to stop is the main process's to handle, which may need a batch yet; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _unless_main_ended
+
+
+def _unless_main_ended(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What fails in a worker, main tells; only the thread that hands over tensors prints, when main has gone."""
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)

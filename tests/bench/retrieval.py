@@ -202,11 +202,12 @@ def large() -> None:
 
 
 def q_former() -> None:
-    """32 vectors an image: a maximum over them, then as before."""
+    """32 vectors an image, of which a caption is near to one: a maximum over them, then as before."""
     generator = torch.Generator().manual_seed(0)
     image = normalize(torch.randn(1000, 32, 256, generator=generator), dim=-1)
-    text = normalize(torch.randn(5000, 256, generator=generator), dim=-1)
     owner, flat = torch.arange(1000).repeat_interleave(CAPTIONS), image.flatten(0, 1)
+    like = image[owner, torch.randint(32, (len(owner),), generator=generator)]
+    text = normalize(like + 0.15 * torch.randn(len(owner), 256, generator=generator), dim=-1)
     candidates: dict[str, Callable[[], object]] = {
         FLOOR: switched(product(flat, text), fast_float32),
         "ours, both ways": lambda: rank_counts(image, text, torch.arange(1000), owner),

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlm.nn.backend import fast_float32
+from vlm.eval.screen import Extent, Screen, Tile, best_of, reached
+from vlm.nn.backend import bfloat16_is_fast, fast_float32
 
 Match = Callable[[Int[Tensor, "P"], Int[Tensor, "P"]], Float[Tensor, "P"]]
 Summary = dict[str, Any]  # what `summarize` gives
@@ -38,11 +39,12 @@ def rank_counts(
     text: Float[Tensor, "M E"],
     image_ids: Int[Tensor, "N"],
     text_ids: Int[Tensor, "M"],
-    chunk: int = 1024,
+    chunk: int = 2048,
 ) -> Ranks:
     """Ranks in both directions from one pass over the scores, max over Q of image . text.
 
-    `chunk` bounds a tile to about chunk x chunk scores; it changes speed and memory, not the ranks.
+    `chunk` bounds a tile to about chunk x chunk scores; it changes speed and memory, not the ranks. Where the CPU has
+    instructions for bf16, a product in it finds which scores need one in fp32 (`vlm.eval.screen`): the same ranks.
     ValueError: features that are not finite, or a query without any positive.
     """
     with fast_float32():
@@ -131,15 +133,17 @@ class _Sorted:
     def unsort(self, values: Tensor) -> Tensor:
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
-    def longest(self, name: str) -> float:
-        """The largest norm of a vector. ValueError: one that is not finite."""
-        norms = torch.cat([torch.linalg.vector_norm(self[part], dim=-1).flatten() for part in _slices(len(self), 1024)])
-        bad = int((~norms.isfinite()).sum())
-        if bad:
+    def extent(self, name: str) -> Extent:
+        """How far vectors reach. ValueError: one that is not finite."""
+        parts = [Extent.of(self[part]) for part in _slices(len(self), 1024)]
+        longest = Extent(max(part.norm for part in parts), max(part.lost for part in parts))
+        if not all(math.isfinite(part.norm) for part in parts):
+            norms = torch.cat([torch.linalg.vector_norm(self[part], dim=-1) for part in _slices(len(self), 1024)])
             raise ValueError(
-                f"retrieval: {bad} of {len(norms)} {name} vectors are not finite (NaN, infinite or too large)"
+                f"retrieval: {int((~norms.isfinite()).sum())} of {norms.numel()} {name} vectors are not finite (NaN, "
+                "infinite or too large)"
             )
-        return float(norms.max())
+        return longest
 
 
 class _Pool:
@@ -154,15 +158,11 @@ class _Pool:
         self.image, self.text = _Sorted(image, image_ids, dtype), _Sorted(text, text_ids, dtype)
         # Tall tiles were the fastest of several shapes.
         self.columns, self.rows = max(1, chunk // 2), max(1, 2 * chunk // image.shape[1])
-        self.slack = self._rounding(text.shape[1], torch.finfo(dtype))
-
-    def _rounding(self, width: int, numbers: torch.finfo) -> float:
-        """How far equal scores may come out apart: half an eps, times sqrt(E) as errors add up, times the norms."""
-        norms = self.image.longest("image"), self.text.longest("text")
-        bound = norms[0] * norms[1]
-        if bound > numbers.max / 2:
-            raise ValueError(f"retrieval: image . text overflows (norms {norms[0]:g} and {norms[1]:g}): normalise them")
-        return bound * numbers.eps / 2 * max(16.0, math.sqrt(width))
+        image_extent, text_extent, width = self.image.extent("image"), self.text.extent("text"), text.shape[1]
+        self.slack = _rounding(image_extent.norm, text_extent.norm, width, torch.finfo(dtype))
+        screen = Screen(image_extent, text_extent, width)
+        usable = dtype == torch.float32 and math.isfinite(screen.off) and image.device.type == "cpu"
+        self.screen = screen if usable and bfloat16_is_fast(image.device) else None
 
     def ranks(self) -> Ranks:
         """1 + the number of others that reach the bar, counted in both directions on each tile."""
@@ -176,25 +176,24 @@ class _Pool:
         self, columns: slice, bars: tuple[Tensor, Tensor], t2i: Float[Tensor, "m"], i2t: Float[Tensor, "N"]
     ) -> None:
         """Adds what these texts and all images find in front of their positives; floats, exact below 2^53."""
-        text_bar, image_bar = bars[0][columns], bars[1][:, None]
-        for rows, scores, near in self.tiles(columns):
-            if near.start < near.stop:
-                scores[_inside(near, rows)].masked_fill_(self.same(near, columns), -torch.inf)
-            # Comparing into floats and adding them takes a quarter of the time that booleans take.
-            t2i += torch.ge(scores, text_bar, out=torch.empty_like(scores)).sum(0)
-            i2t[rows] += scores.ge_(image_bar[rows]).sum(1)
+        text = self.text[columns]
+        for rows, near in self.tiles(columns):
+            own = (_inside(near, rows), self.same(near, columns)) if near.start < near.stop else None
+            tile = Tile(self.image[rows], text, bars[0][columns], bars[1][rows], own)
+            texts, images = (None if self.screen is None else self.screen(tile)) or reached(tile)
+            t2i += texts
+            i2t[rows] += images
 
-    def tiles(self, columns: slice) -> Iterator[tuple[slice, Float[Tensor, "n m"], slice]]:
-        """All images by these texts, and among which of the images of a tile its positives are: often none."""
-        texts, like = self.text[columns].T, self.images_like(columns)
+    def tiles(self, columns: slice) -> Iterator[tuple[slice, slice]]:
+        """All images in parts, and among which of a part the positives of these texts are: often none."""
+        like = self.images_like(columns)
         for rows in _slices(len(self.image), self.rows):
-            yield rows, self.scores(rows, texts), slice(max(like.start, rows.start), min(like.stop, rows.stop))
+            yield rows, slice(max(like.start, rows.start), min(like.stop, rows.stop))
 
     def scores(self, rows: slice, texts: Float[Tensor, "E m"]) -> Float[Tensor, "n m"]:
-        """Max over Q, images as rows: the reduction then runs along contiguous memory."""
+        """Max over Q."""
         image = self.image[rows]
-        flat = image.flatten(0, 1) @ texts
-        return flat if image.shape[1] == 1 else flat.unflatten(0, image.shape[:2]).amax(1)
+        return best_of(image.flatten(0, 1) @ texts, image.shape[1])
 
     def images_like(self, columns: slice) -> slice:
         """The images whose ids lie between those of the first and the last text: all positives, and few others."""
@@ -224,7 +223,9 @@ class _Pool:
         images = _Best(self.text, min(k, len(self.image)))
         texts = _Best(self.image, min(k, len(self.text)))
         for columns in _slices(len(self.text), self.columns):
-            for rows, scores, near in self.tiles(columns):
+            texts_here = self.text[columns].T
+            for rows, near in self.tiles(columns):
+                scores = self.scores(rows, texts_here)
                 if near.start < near.stop:
                     scores[_inside(near, rows)] -= self.slack * self.same(near, columns)
                 images.add(columns, scores.T, rows.start)
@@ -300,6 +301,14 @@ def _chance_one_way(positives: Tensor, gallery: int, ks: Sequence[int]) -> dict[
     mean = float(np.average((gallery + 1) / (counts + 1), weights=weights))
     middle = [int(np.argmax(found >= 0.5 - 1e-9)), int(np.argmax(found > 0.5 + 1e-9))]
     return recall | {"mean_rank": mean, "median_rank": 1 + sum(middle) / 2}
+
+
+def _rounding(image: float, text: float, width: int, numbers: torch.finfo) -> float:
+    """How far equal scores may come out apart: half an eps, times sqrt(E) as errors add up, times the norms."""
+    bound = image * text
+    if bound > numbers.max / 2:
+        raise ValueError(f"retrieval: image . text overflows (norms {image:g} and {text:g}): normalise them")
+    return bound * numbers.eps / 2 * max(16.0, math.sqrt(width))
 
 
 def _slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:

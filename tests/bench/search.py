@@ -1,9 +1,11 @@
 """Search of a million pictures beside one matrix-vector product in memory; an update beside indexing all anew.
 
-    python -m tests.bench.search [search] [many] [update]
+    python -m tests.bench.search [search] [many] [update] [graph]
 
 The vectors are random: time does not depend on them. Ours lie on the disk (in its cache) as fp16, those of the products
-in memory as fp32: they are the floor of what has to be read.
+in memory as fp32: they are the floor of what has to be read. graph, which has to be named: 1,100,000 vectors that vary
+in 32 directions and a little in all, as those of pictures do; usearch's graph of them is made (minutes), and what it
+finds is compared with the exact search.
 """
 
 import os
@@ -11,7 +13,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from tests.bench.side_by_side import alternate, peak_memory, table
 from tests.tiny import picture, tiny_run
+from vlm.search import graph
 from vlm.search.exact import Term, search
 from vlm.search.manifest import create, opened
 from vlm.search.store import Form, Store
@@ -28,6 +31,7 @@ from vlm.train.run import train_run
 
 PICTURES, DIM, TOP = 1_000_000, 512, 10
 FILES, CHANGED = 5000, 50
+PART, LARGE, ASKED = 50_000, 1_100_000, 50
 
 
 def vectors(seed: int, count: int) -> Tensor:
@@ -36,14 +40,22 @@ def vectors(seed: int, count: int) -> Tensor:
     return torch.nn.functional.normalize(made, dim=-1)
 
 
+def like_pictures(seed: int, count: int) -> Tensor:
+    """Unit vectors near a space of 32 dimensions."""
+    axes = torch.randn(32, DIM, generator=torch.Generator().manual_seed(10**6))
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randn(count, 1, 32, generator=generator) @ axes
+    return torch.nn.functional.normalize(made + torch.randn(count, 1, DIM, generator=generator), dim=-1)
+
+
 @contextmanager
-def stored(folder: Path) -> Iterator[Store]:
-    """An index of PICTURES vectors, made in parts."""
+def stored(folder: Path, count: int = PICTURES, of: Callable[[int, int], Tensor] = vectors) -> Iterator[Store]:
+    """An index of `count` vectors, made in parts."""
     create(folder, {})
     with opened(folder, write=True) as manifest:
         store = Store(folder, manifest, Form(1, DIM, "float16"))
-        for seed in range(PICTURES // 50_000):
-            part, instead = store.append(vectors(seed, 50_000))
+        for seed in range(count // PART):
+            part, instead = store.append(of(seed, PART))
             manifest.add_part(part, instead)
             store.remove(instead)
         yield store
@@ -99,6 +111,40 @@ def _bench_many(store: Store) -> None:
     table("64 queries together", alternate(candidates, rounds=3), "torch, product alone")
 
 
+def bench_graph(folder: Path) -> None:
+    """More vectors than are looked at one by one: by all threads; then queries, each alone, by one."""
+    with stored(folder, LARGE, like_pictures) as store:
+        torch.set_num_threads(os.cpu_count() or 1)
+        start = time.perf_counter()
+        graph.extend(store)
+        print(f"graph of {LARGE:,} x {DIM}: {(time.perf_counter() - start) / 60:.1f} min")
+        torch.set_num_threads(1)
+        _bench_graph(store)
+
+
+def _bench_graph(store: Store) -> None:
+    none = torch.tensor([], dtype=torch.long)
+    queries = like_pictures(10**7, ASKED)
+
+    def proposed() -> list[set[int]]:
+        found = [graph.propose(store, [Term(one[None])], TOP, none) for one in queries]
+        return [set(best.places[0].tolist()) for best in found]
+
+    def exact() -> list[set[int]]:
+        return [
+            set(row) for row in search([Term(queries)], store.read(store.manifest.parts()), TOP, none).places.tolist()
+        ]
+
+    both = list(zip(proposed(), exact(), strict=True))
+    print(f"  of the best {TOP} it finds {sum(len(mine & best) for mine, best in both) / len(both) / TOP:.4f}")
+    first = [Term(queries[:1])]
+    candidates: dict[str, Callable[[], object]] = {
+        "exact": lambda: ours(store, queries[:1]),
+        "graph, opened for each query": lambda: graph.propose(store, first, TOP, none),
+    }
+    table("one query", alternate(candidates, rounds=5), "exact")
+
+
 def photographs(folder: Path) -> None:
     """FILES different pictures, older than the times that are not trusted."""
     folder.mkdir()
@@ -141,12 +187,15 @@ def bench_update(folder: Path) -> None:
     )
 
 
+SECTIONS = {"search": bench_search, "many": bench_many, "update": bench_update, "graph": bench_graph}
+
+
 def main() -> None:
-    """What the arguments name, or both."""
+    """What the arguments name; all but the graph without any."""
     torch.set_num_threads(1)
     for name in sys.argv[1:] or ("search", "many", "update"):
         with tempfile.TemporaryDirectory() as folder:
-            {"search": bench_search, "many": bench_many, "update": bench_update}[name](Path(folder))
+            SECTIONS[name](Path(folder))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from tests.command import Commands
 from tests.eval.refusals import FILES, refused
 from tests.eval.test_protocol import karpathy
-from tests.tiny import pack
+from tests.tiny import pack, picture, squares
 from vlm.cli_evaluate import TASKS as NAMES
 from vlm.eval.compare import compare
 from vlm.eval.data import EvaluationData, open_evaluation_data
@@ -216,11 +217,46 @@ def test_a_protocol_holds_for_captions_too(place: Path, tmp_path: Path, monkeypa
     assert told["captions"]["counts"] == {"images": 10, "references": 51, "unusable": {}}
 
 
-def test_answers_take_one_file_and_a_folder(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--images FOLDER"):
-        evaluate(str(place / "decoder"), Request(["q.json"]), ["answers"], tmp_path / "one")
-    with pytest.raises(ValueError, match="one file of questions is read, not 2"):
-        evaluate(str(place / "decoder"), Request(["q.json", "r.json"], images=tmp_path), ["answers"], tmp_path / "one")
+@pytest.mark.parametrize("kind", ["a table beside a folder", "CLIP_benchmark's layout"])
+def test_captions_are_of_the_data_that_retrieval_has(place: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "a table beside a folder":
+        (tmp_path / "pictures").mkdir()
+        for name in ("red", "blue", "green"):
+            (tmp_path / "pictures" / f"{name}.png").write_bytes(picture(name))
+        rows = [{"image": f"{name}.png", "caption": f"a {name} square"} for name in ("red", "blue", "green")]
+        (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        asked = Request([str(tmp_path / "table.jsonl")], images=tmp_path / "pictures", caption="caption")
+    else:
+        (tmp_path / "set" / "test").mkdir(parents=True)
+        squares(tmp_path / "set" / "test" / "0.tar", 3)
+        (tmp_path / "set" / "test" / "nshards.txt").write_text("1\n")
+        (tmp_path / "set" / "dataset_type.txt").write_text("retrieval")
+        asked = Request([str(tmp_path / "set")])
+    evaluate(str(place / "qformer"), asked, out=tmp_path / "out")
+    told = read(tmp_path / "out").record["tasks"]
+    assert told["retrieval"]["counts"] == {"images": 3, "captions": 3, "unusable": {}}
+    assert told["captions"]["counts"] == {"images": 3, "references": 3, "unusable": {}}
+
+
+def test_questions_are_looked_for_before_the_model(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text("[]")
+
+    def said(message: str) -> AbstractContextManager[Any]:
+        return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+    def run(*files: str, images: Path | None = None, tasks: tuple[str, ...] = ("answers",)) -> None:
+        evaluate("nowhere/at/all", Request(list(files), images=images), tasks, tmp_path / "one")
+
+    with said("--task answers: name the folder of the pictures that are asked about (--images FOLDER)"):
+        run("q.json")
+    with said("--task answers: one file of questions is read, not 2"):
+        run("q.json", "r.json", images=tmp_path)
+    with said(f"--images {tmp_path / 'none'}: no such folder"):
+        run("q.json", images=tmp_path / "none")
+    with said(f"{tmp_path / 'r.json'}: no such file of questions"):
+        run(str(tmp_path / "r.json"), images=tmp_path)
+    with said("--task answers is on a file of questions, and captions on pictures: one at a time"):
+        run(str(tmp_path / "q.json"), images=tmp_path, tasks=("captions", "answers"))
 
 
 def test_a_task_on_questions_opens_no_pictures(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,31 +1,24 @@
 """Features of an evaluation: in a folder as in memory, taken up after a kill to the same bytes, never stale."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
+from tests.eval.extracting import BPE, PARTS, SAMPLES, Encoded, contents, equal, loader
 from tests.eval.noisy import noisy
 from tests.tiny import members, pack, picture
-from vlm import build_data
-from vlm.data.loader import Loader
-from vlm.eval import feature_files
-from vlm.eval.features import Features, extract, match_pairs
+from vlm.data.batch import Text
+from vlm.eval.features import extract, match_pairs
 from vlm.eval.origin import data_fingerprint
+from vlm.model.vlm import Seen
 from vlm.restore import Ready
-
-SAMPLES = 22
-BPE = {"kind": "bpe", "vocab": 280}
-PARTS = {f"part-0000{n}.safetensors" for n in range(3)}
 
 
 @pytest.fixture(autouse=True)
@@ -42,43 +35,6 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
     return pack(tmp_path / "data.tar", members(SAMPLES))
-
-
-def loader(ready: Ready, shard: Path, **settings: Any) -> Loader:
-    data = ready.data.model_copy(update={"max_bad_fraction": 0.5, **settings})
-    source = build_data.shards(data, str(shard))
-    transform = build_data.transform(ready.vision, ready.model, source)
-    return build_data.evaluation_loader(data, source, transform, ready.tokenizer, ready.batch_size)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class Encoded:
-    """Counts the pictures that a model encodes, and stops it before the batch of this number."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ready: Ready, stop: int = 1000) -> None:
-        self.pictures, self._batches, encode = 0, 0, ready.model.encode
-
-        def counted(images: torch.Tensor) -> torch.Tensor:
-            if self._batches == stop:
-                raise KeyboardInterrupt
-            self._batches += 1
-            self.pictures += len(images)
-            return encode(images)
-
-        monkeypatch.setattr(ready.model, "encode", counted)
-
-
-def equal(left: Features, right: Features) -> None:
-    for name in ("image", "text", "image_ids", "text_ids", "owner", "places"):
-        assert torch.equal(getattr(left, name), getattr(right, name)), name
-    assert (list(left.names), list(left.strings)) == (list(right.names), list(right.strings))
-    assert [row.tolist() for row in map(left.words.__getitem__, range(len(left.words)))] == [
-        row.tolist() for row in map(right.words.__getitem__, range(len(right.words)))
-    ]
-    assert left.made_of == right.made_of
 
 
 # --- what they are ---------------------------------------------------------------------------------------------------
@@ -109,6 +65,23 @@ def test_tokens_of_a_folder_are_mapped(ready: Ready, shard: Path, tmp_path: Path
     image, text = torch.cartesian_prod(torch.tensor([3, 9, 21]), torch.arange(SAMPLES)).unbind(1)
     memory = extract(ready.model, loader(ready, shard), True)
     assert torch.equal(match_pairs(ready.model, found, image, text), match_pairs(ready.model, memory, image, text))
+
+
+def test_pairs_are_matched_in_parts_that_fit(ready: Ready, shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = extract(ready.model, loader(ready, shard), True)
+    image, text = torch.tensor([0, 0, 3, 3, 3, 7, 9]), torch.tensor([0, 5, 1, 2, 3, 4, 6])
+    whole, asked, logits = match_pairs(ready.model, features, image, text), list[int](), ready.model.match_logits
+
+    def counted(seen: Seen, text: Text) -> torch.Tensor:
+        asked.append(len(seen.soft))
+        assert seen.state is None  # what matching does not read is not copied
+        return logits(seen, text)
+
+    monkeypatch.setattr(ready.model, "match_logits", counted)
+    keys = ready.model.connect(features.tokens.take(image[:1])).memory.blocks[0].key.nbytes  # type: ignore[union-attr]
+    monkeypatch.setattr("vlm.eval.features.PAIR_BYTES", 2 * 2 * keys)
+    torch.testing.assert_close(match_pairs(ready.model, features, image, text), whole)
+    assert asked == [2, 2, 2, 1]
 
 
 def test_match_pairs_needs_tokens(ready: Ready, shard: Path) -> None:
@@ -305,107 +278,3 @@ def test_the_sum_of_the_data_does_not_depend_on_parts(
     assert extract(ready.model, reader, False).made_of["data"] == data_fingerprint(reader.shards)
     monkeypatch.setattr("vlm.eval.features.PART", 4)
     assert extract(ready.model, reader, False).made_of["data"] == data_fingerprint(reader.shards)
-
-
-@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "tokens cut"])
-def test_damaged_files_are_made_anew(
-    ready: Ready, shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    folder = tmp_path / "features"
-    extract(ready.model, loader(ready, shard), True, folder=folder)
-    before = contents(folder)
-    name = "tokens-00001.safetensors" if damage == "tokens cut" else "part-00001.safetensors"
-    data = bytearray(before[name])
-    if damage == "flipped":
-        data[-1] ^= 1
-    (folder / name).write_bytes(b"" if damage == "emptied" else data if damage == "flipped" else data[:-40])
-    extract(ready.model, loader(ready, shard), True, folder=folder)
-    assert contents(folder) == before
-    assert f"{folder / 'part-00001.safetensors'}: damaged (" in caplog.text
-
-
-def test_a_lost_manifest(ready: Ready, shard: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "features"
-    extract(ready.model, loader(ready, shard), False, folder=folder)
-    before = contents(folder)
-    (folder / "manifest.json").write_text("{")
-    extract(ready.model, loader(ready, shard), False, folder=folder)
-    assert contents(folder) == before
-
-
-def test_a_folder_of_something_else(ready: Ready, shard: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("work of years")
-    message = f"{tmp_path / 'mine'}: holds thesis.tex, which is no part of features; choose another folder"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        extract(ready.model, loader(ready, shard), False, folder=tmp_path / "mine")
-    assert set(contents(tmp_path / "mine")) == {"thesis.tex"}
-
-
-def test_a_file_for_a_folder(ready: Ready, shard: Path) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(str(shard))}: is a file; features are kept in a folder of "):
-        extract(ready.model, loader(ready, shard), False, folder=shard)
-
-
-def test_too_little_room(ready: Ready, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: Room(5000))
-    message = f"{tmp_path / 'features'}: features of {SAMPLES} samples take 0.0 GiB, and only 0.0 are free; name a "
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}folder on another disk$"):
-        extract(ready.model, loader(ready, shard), True, folder=tmp_path / "features")
-    assert set(contents(tmp_path / "features")) == {"manifest.json"}
-
-
-def test_a_full_disk_loses_nothing_that_is_there(
-    ready: Ready, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, save = tmp_path / "features", feature_files.save_file
-
-    def full(tensors: Any, path: Path, facts: Any) -> None:
-        save(tensors, path, facts)
-        if path.name == "part-00001.tmp":
-            raise SafetensorError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(feature_files, "save_file", full)
-        message = f"could not write {folder / 'part-00001.safetensors'}: No space left on device; the parts before it "
-        with pytest.raises(OSError, match=f"^{re.escape(message)}are whole$"):
-            extract(ready.model, loader(ready, shard), False, folder=folder)
-    assert set(contents(folder)) == {"manifest.json", "part-00000.safetensors"}
-    encoded = Encoded(monkeypatch, ready)
-    extract(ready.model, loader(ready, shard), False, folder=folder)
-    assert encoded.pictures == SAMPLES - 8
-
-
-class Room:
-    """What is left of a disk."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-
-
-@pytest.mark.parametrize(
-    ("way", "what"), [("embed_image", "picture '0004'"), ("embed_text", "caption 'a black square'")]
-)
-def test_vectors_that_are_not_finite(
-    ready: Ready, shard: Path, monkeypatch: pytest.MonkeyPatch, way: str, what: str
-) -> None:
-    embed, calls = getattr(ready.model, way), []
-
-    def broken(given: Any) -> torch.Tensor:
-        calls.append(1)
-        vectors: torch.Tensor = embed(given)
-        if len(calls) == 2:
-            vectors[0] = torch.nan
-        return vectors
-
-    monkeypatch.setattr(ready.model, way, broken)
-    kind = way.removeprefix("embed_")
-    message = f"the model gives {kind} vectors that are not finite (NaN or infinite), of {what} first: nothing can be "
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}ranked by them$"):
-        extract(ready.model, loader(ready, shard), False)
-
-
-def test_no_usable_sample(ready: Ready, tmp_path: Path) -> None:
-    shard = pack(tmp_path / "bad.tar", [("a.png", b"no"), ("a.txt", b"a"), ("b.png", b"no"), ("b.txt", b"b")])
-    with pytest.raises(ValueError, match=f"^{re.escape(str(shard))}: no sample is usable: {{'not an image': 2}}$"):
-        extract(ready.model, loader(ready, shard), False)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from tests.eval.noisy import noisy
 from tests.tiny import COLOURS, pack, picture
+from vlm.eval.data import open_evaluation_data
 from vlm.eval.names import clip_benchmark_classification
+from vlm.eval.outcome import Outcome
 from vlm.eval.prompts import Classes, describe, read_names, read_templates
 from vlm.eval.report import Page, render
 from vlm.eval.zeroshot import chance, classifier, classify, classify_images, summarize
@@ -22,6 +24,10 @@ from vlm.restore import Ready
 NAMES = list(COLOURS)
 TEMPLATES = ["a photo of a {c} square.", "{c}", "something {c}, seen from near"]
 GOLDEN = json.loads(Path(__file__).with_name("golden_zeroshot.json").read_text(encoding="utf-8"))
+
+
+def measured(ready: Ready, data: Path, labels: str | None = None, **settings: Any) -> Outcome:
+    return classify(ready, open_evaluation_data([str(data)], ready.data, labels=labels), **settings)
 
 
 def labelled() -> list[tuple[bytes, int]]:
@@ -59,7 +65,7 @@ def by_group(folder: Path, **fields: Any) -> Path:
 
 
 def test_equal_to_clip_benchmark(ready: Ready, tmp_path: Path) -> None:
-    found = classify(ready, [str(benchmark(tmp_path / "set"))])
+    found = measured(ready, benchmark(tmp_path / "set"))
     theirs = clip_benchmark_classification(dict(found.metrics))
     assert theirs == pytest.approx({name: GOLDEN[name] for name in theirs}, abs=1e-9)
     assert found.counts == {"images": 37, "classes": 8, "prompts": 24, "unusable": {}}
@@ -124,7 +130,7 @@ def test_figures_by_hand() -> None:
 
 
 def test_classes_are_the_values_of_a_field(ready: Ready, tmp_path: Path) -> None:
-    found = classify(ready, [str(by_group(tmp_path))], labels="json:group")
+    found = measured(ready, by_group(tmp_path), labels="json:group")
     assert [one["class"] for one in found.metrics["per_class"]] == sorted(COLOURS)
     assert found.protocol["templates"] == ["a photo of a {c}."]
     assert found.counts["images"] == 8
@@ -136,28 +142,26 @@ def test_names_and_templates_of_files_go_first(ready: Ready, tmp_path: Path) -> 
     data = benchmark(tmp_path / "set")
     (tmp_path / "names.json").write_text(json.dumps({"eight": [f"{name} thing" for name in NAMES]}))
     (tmp_path / "templates.json").write_text(json.dumps(["one {}"]))
-    found = classify(
-        ready, [str(data)], classes=f"{tmp_path}/names.json#eight", templates=str(tmp_path / "templates.json")
-    )
+    found = measured(ready, data, classes=f"{tmp_path}/names.json#eight", templates=str(tmp_path / "templates.json"))
     assert found.metrics["per_class"][0]["class"] == "red thing"
     assert found.protocol["templates"] == ["one {}"]
 
 
 def test_features_are_kept_apart_from_prompts(ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, folder = benchmark(tmp_path / "set"), tmp_path / "features"
-    before = classify(ready, [str(data)], folder=folder)
+    before = measured(ready, data, folder=folder)
 
     def never(_: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the pictures are encoded again")
 
     monkeypatch.setattr(ready.model, "encode", never)
     (tmp_path / "other.txt").write_text("{c}")
-    assert classify(ready, [str(data)], folder=folder).metrics == before.metrics
-    assert classify(ready, [str(data)], folder=folder, templates=str(tmp_path / "other.txt")).counts["prompts"] == 8
+    assert measured(ready, data, folder=folder).metrics == before.metrics
+    assert measured(ready, data, folder=folder, templates=str(tmp_path / "other.txt")).counts["prompts"] == 8
 
 
 def test_the_page_shows_it(ready: Ready, tmp_path: Path) -> None:
-    found = classify(ready, [str(benchmark(tmp_path / "set"))])
+    found = measured(ready, benchmark(tmp_path / "set"))
     table, bars, best, worst = found.sections
     assert [row[0] for row in table.rows] == ["Top-1", "Top-5", "Mean per class"]  # type: ignore[union-attr]
     assert len(bars.rows) == 8  # type: ignore[union-attr]
@@ -171,7 +175,7 @@ def test_unusable_pictures_are_counted(ready: Ready, tmp_path: Path) -> None:
     members = [("a.png", picture("red")), ("a.cls", b"0"), ("b.png", b"no picture"), ("b.cls", b"1")]
     shard = pack(tmp_path / "holes.tar", members)
     (tmp_path / "names.txt").write_text("red\nblue\n")
-    found = classify(ready, [str(shard)], labels="cls", classes=str(tmp_path / "names.txt"))
+    found = measured(ready, shard, labels="cls", classes=str(tmp_path / "names.txt"))
     assert found.counts["unusable"] == {"not an image": 1}
     assert found.counts["images"] == 1
 
@@ -186,14 +190,14 @@ def refused(match: str) -> Any:
 def test_no_labels(ready: Ready, tmp_path: Path) -> None:
     shard = by_group(tmp_path, caption="a square")
     with refused(f"{shard}: which class a picture has is not known: say where it stands (--labels json:FIELD)"):
-        classify(ready, [str(shard)])
+        measured(ready, shard)
 
 
 def test_numbers_without_names(ready: Ready, tmp_path: Path) -> None:
     data = benchmark(tmp_path / "set")
     (data / "classnames.txt").unlink()
     with refused(f"{data}: the classes are numbers: give their names, a line each (--classes FILE)"):
-        classify(ready, [str(data)])
+        measured(ready, data)
 
 
 def test_a_number_beyond_the_names(ready: Ready, tmp_path: Path) -> None:
@@ -202,29 +206,29 @@ def test_a_number_beyond_the_names(ready: Ready, tmp_path: Path) -> None:
         "picture 's0000007' has class '7', which is not a number from 0 to 6 (4 of 37 pictures): compare labels and "
         "--classes"
     ):
-        classify(ready, [str(data)])
+        measured(ready, data)
 
 
 def test_a_label_that_is_no_class(ready: Ready, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("red\ngreen\n")
     with refused("picture '2' has class 'blue', which is not one of the class names (6 of 8 pictures)"):
-        classify(ready, [str(by_group(tmp_path))], labels="json:group", classes=str(tmp_path / "names.txt"))
+        measured(ready, by_group(tmp_path), labels="json:group", classes=str(tmp_path / "names.txt"))
 
 
 def test_several_classes_a_picture(ready: Ready, tmp_path: Path) -> None:
     shard = by_group(tmp_path, tags=["a", "b"])
     with refused("picture '0' has 2 classes (8 pictures have several): zero-shot classification takes one a picture"):
-        classify(ready, [str(shard)], labels="json:tags")
+        measured(ready, shard, labels="json:tags")
 
 
 def test_one_class(ready: Ready, tmp_path: Path) -> None:
     with refused("zero-shot classification needs two classes at least, not 1: square"):
-        classify(ready, [str(by_group(tmp_path, kind="square"))], labels="json:kind")
+        measured(ready, by_group(tmp_path, kind="square"), labels="json:kind")
 
 
 def test_a_model_without_itc(tmp_path: Path) -> None:
     with refused("noisy was trained without itc, so it cannot compare images and texts"):
-        classify(noisy(tmp_path, "decoder"), [str(by_group(tmp_path))], labels="json:group")
+        measured(noisy(tmp_path, "decoder"), by_group(tmp_path), labels="json:group")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +293,7 @@ def test_repeated_names_and_long_prompts_are_told(
     names = ["red", *NAMES[1:7], "red"]
     data = benchmark(tmp_path / "set", **{"classnames.txt": "\n".join(names)})
     (tmp_path / "long.txt").write_text("{c} and " + "very " * 20)
-    found = classify(ready, [str(data)], templates=str(tmp_path / "long.txt"))
+    found = measured(ready, data, templates=str(tmp_path / "long.txt"))
     assert found.protocol["repeated_names"] == ["red"]
     assert found.protocol["prompts_cut"] == 8
     assert found.metrics["per_class"][0]["top1"] == found.metrics["per_class"][7]["top1"] == 0

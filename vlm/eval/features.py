@@ -28,6 +28,7 @@ from vlm.loss.contrastive import inverse_temperature
 from vlm.model.vlm import Seen, VisionLanguageModel, need
 from vlm.nn.backend import fast_float32
 
+PAIR_BYTES = 2**29  # of keys and values that pairs of an image and a text have at a time
 PART = 512  # samples, about: what a killed run loses at most, and what is in memory with its image tokens
 
 
@@ -220,9 +221,21 @@ def match_pairs(
     different, row = image.unique(return_inverse=True)
     device = features.image.device
     with fast_float32():
-        seen = model.connect(tokens.take(different).to(device)).select(row)
+        seen = replace(model.connect(tokens.take(different).to(device)), state=None)
         asked = _padded([features.words[i] for i in text.tolist()], features.pad, device)
-        return pair_scores(model, seen, asked, features.image[image], features.text[text])
+        vectors = features.text[text]
+        scores = [
+            pair_scores(model, seen.select(row[part]), asked.select(part), features.image[image[part]], vectors[part])
+            for part in torch.arange(len(row), device=device).split(_pairs_together(seen, len(different)))
+        ]
+        return torch.cat(scores)
+
+
+def _pairs_together(seen: Seen, images: int) -> int:
+    """How many pairs may each have a copy of their image's keys and values (10 MB in BLIP-2)."""
+    blocks = () if seen.memory is None else seen.memory.blocks
+    copied = sum(block.key.nbytes + block.value.nbytes for block in blocks if block is not None)
+    return max(1, PAIR_BYTES * images // max(1, copied))
 
 
 def pair_scores(

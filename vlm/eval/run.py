@@ -20,7 +20,7 @@ from vlm.eval.ranking import rank
 from vlm.eval.record import REPORT, default_folder, files_fingerprint, refuse_other, versions, write
 from vlm.eval.renamed import NAMED, Names, refuse_unnamed, renamed
 from vlm.eval.report import render
-from vlm.eval.tasks import TASKS, Request, chosen_tasks
+from vlm.eval.tasks import TASKS, Request, check, chosen_tasks
 from vlm.model.weights.files import fingerprint
 from vlm.nn.backend import best_device
 from vlm.ready import open_model
@@ -45,12 +45,13 @@ def evaluate(
 
     `model`, `parts`: as of `open_model`. `out`: see `default_folder`. `dtype`: of the computation; weights stay as they
     are. `command`: kept in the record. `names`: prints JSON with the keys of another tool. Returns the folder.
-    ValueError: the folder holds another evaluation and `overwrite` is not set; errors of the tasks.
+    ValueError: the folder holds another evaluation and `overwrite` is not set; errors of `check` and of the tasks.
     """
     began = time.perf_counter()
     folder = out or default_folder(model, asked.shards)
     if asked.features is not None and dtype != "float32":
         raise ValueError(f"--features keeps what float32 gives: leave --dtype {dtype} away, or --features")
+    check(asked, tasks)
     trained = open_model(model, best_device(), parts)
     chosen, data = chosen_tasks(trained, asked, tasks)
     _tell(data)

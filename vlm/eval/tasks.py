@@ -34,12 +34,17 @@ class Request:
         return open_evaluation_data(self.shards, trained.data, self.protocol, self.caption, self.labels, self.images)
 
     def questions(self) -> tuple[Path, Path]:
-        """The file of questions and the folder of their pictures. ValueError: several files, no folder."""
+        """The file of questions and the folder of their pictures. ValueError: several files, one of them is missing."""
         if len(self.shards) != 1:
             raise ValueError(f"--task answers: one file of questions is read, not {len(self.shards)}")
         if self.images is None:
             raise ValueError("--task answers: name the folder of the pictures that are asked about (--images FOLDER)")
-        return Path(self.shards[0]), self.images
+        if not self.images.is_dir():
+            raise ValueError(f"--images {self.images}: no such folder")
+        questions = Path(self.shards[0])
+        if not questions.is_file():
+            raise ValueError(f"{questions}: no such file of questions")
+        return questions, self.images
 
 
 @dataclass(frozen=True)
@@ -59,25 +64,28 @@ TASKS: Mapping[str, Task] = {
     "retrieval": Task(lambda t, r, d: retrieval_task(t, _opened(d), r.rerank, r.seed, r.features)),
     "captions": Task(lambda t, r, d: captions(t, _opened(d), seed=r.seed)),
     "answers": Task(lambda t, r, _: answers(t, *r.questions(), r.annotations, seed=r.seed), questions=True),
-    "classification": Task(
-        lambda t, r, _: classify(t, r.shards, r.labels, r.classes, r.templates, r.images, r.features)
-    ),
+    "classification": Task(lambda t, r, d: classify(t, _opened(d), r.classes, r.templates, r.features)),
 }
+
+
+def check(asked: Request, named: Sequence[str]) -> None:
+    """What is known before the model is. ValueError: tasks on questions beside others, or without their pictures."""
+    on_questions = [name for name in named if TASKS[name].questions]
+    if others := [name for name in dict.fromkeys(named) if name not in on_questions] if on_questions else []:
+        raise ValueError(
+            f"--task {on_questions[0]} is on a file of questions, and {', '.join(others)} on pictures: one at a time"
+        )
+    if "answers" in on_questions:
+        asked.questions()
 
 
 def chosen_tasks(trained: Ready, asked: Request, named: Sequence[str]) -> tuple[list[str], EvaluationData | None]:
     """The tasks, what the model can do unless named, and their data; None: it is a file of questions.
 
-    ValueError: tasks on questions beside others; nothing that the model can do; data that cannot be opened.
+    ValueError: nothing that the model can do; data that cannot be opened.
     """
     names = list(dict.fromkeys(named))
-    on_questions = [name for name in names if TASKS[name].questions]
-    if on_questions and on_questions != names:
-        others = ", ".join(name for name in names if name not in on_questions)
-        raise ValueError(f"--task {on_questions[0]} is on a file of questions, and {others} on pictures: one at a time")
-    if on_questions:
-        if "answers" in names:
-            asked.questions()
+    if any(TASKS[name].questions for name in names):
         return names, None
     data = asked.open(trained)
     return names or default_tasks(trained, data), data

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from vlm.data.batch import pad
 from vlm.data.text import Tokenizer, encode_caption
 from vlm.eval.benchmark import CLASSES, LABEL, TEMPLATES
-from vlm.eval.data import EvaluationData, open_evaluation_data
+from vlm.eval.data import EvaluationData
 from vlm.eval.features import Features, extract
 from vlm.eval.outcome import Outcome
 from vlm.eval.prompts import TEMPLATE, Classes, describe, read_names, read_templates
@@ -109,29 +109,25 @@ def chance(label: Int[Tensor, "N"], classes: int) -> dict[str, float | None]:
 
 def classify(
     ready: Ready,
-    names: Sequence[str],
-    labels: str | None = None,
+    data: EvaluationData,
     classes: str | None = None,
     templates: str | None = None,
-    images: Path | None = None,
     folder: Path | None = None,
 ) -> Outcome:
-    """Zero-shot classification of a folder of CLIP_benchmark's, or of any source with `labels` (json:group, cls).
+    """Zero-shot classification of a folder of CLIP_benchmark's, or of any source opened with labels (json:group, cls).
 
     `classes`, `templates`: files, see `read_names` and `read_templates`; else those of the benchmark; else the classes
-    are the labels that occur, and the template is TEMPLATE. `images`: as of `open_evaluation_data`; `folder`: as of
-    `extract`. ValueError: no contrastive head, unknown classes, labels that name none of them; the errors of both.
+    are the labels that occur, and the template is TEMPLATE. `folder`: as of `extract`, whose errors it raises.
+    ValueError: no contrastive head, unknown classes, labels that name none of them.
     """
     if ready.model.contrast is None:
         raise ValueError(f"{ready.name} was trained without itc, so it cannot compare images and texts")
-    data = open_evaluation_data(names, ready.data, labels=labels, images=images)
+    place = data.source.files[0] if data.benchmark is None else data.benchmark.folder
     if data.labels is None:
-        raise ValueError(
-            f"{names[0]}: which class a picture has is not known: say where it stands (--labels json:FIELD)"
-        )
+        raise ValueError(f"{place}: which class a picture has is not known: say where it stands (--labels json:FIELD)")
     known = _names(data, classes)
     if data.labels == LABEL and known is None:
-        raise ValueError(f"{names[0]}: the classes are numbers: give their names, a line each (--classes FILE)")
+        raise ValueError(f"{place}: the classes are numbers: give their names, a line each (--classes FILE)")
     texts = _templates(data, templates)
     if known is not None:
         describe(known, texts)  # told before the work, not after it

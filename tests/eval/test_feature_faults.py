@@ -8,28 +8,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tests.eval.extracting import BPE, SAMPLES, Encoded, contents, loader
-from tests.eval.noisy import noisy
-from tests.tiny import members, pack
+from tests.eval.extracting import SAMPLES, Encoded, contents, loader
+from tests.tiny import pack
 from vlm.eval import feature_files
 from vlm.eval.features import extract
 from vlm.restore import Ready
 
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches of four make a part: three parts, the last one short."""
-    monkeypatch.setattr("vlm.eval.features.PART", 8)
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    return noisy(tmp_path_factory.mktemp("noisy"), "qformer", tokenizer=BPE)
-
-
-@pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    return pack(tmp_path / "data.tar", members(SAMPLES))
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "tokens cut"])

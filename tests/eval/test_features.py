@@ -20,21 +20,7 @@ from vlm.eval.origin import data_fingerprint
 from vlm.model.vlm import Seen
 from vlm.restore import Ready
 
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches of four make a part: three parts, the last one short."""
-    monkeypatch.setattr("vlm.eval.features.PART", 8)
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    return noisy(tmp_path_factory.mktemp("noisy"), "qformer", tokenizer=BPE)
-
-
-@pytest.fixture
-def shard(tmp_path: Path) -> Path:
-    return pack(tmp_path / "data.tar", members(SAMPLES))
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 
 # --- what they are ---------------------------------------------------------------------------------------------------

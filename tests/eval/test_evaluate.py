@@ -238,6 +238,23 @@ def test_captions_are_of_the_data_that_retrieval_has(place: Path, tmp_path: Path
     assert told["captions"]["counts"] == {"images": 3, "references": 3, "unusable": {}}
 
 
+def test_what_is_left_out_is_told_beside_the_figures(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {name: replace(one, images=10, captions=50) for name, one in PROTOCOLS.items()}
+    monkeypatch.setattr("vlm.eval.protocol.PROTOCOLS", tiny)
+    data = karpathy(tmp_path / "coco")
+    (tmp_path / "coco" / "val2014" / "3.png").write_bytes(b"no picture")
+    evaluate(str(place / "clip"), Request([str(data)], protocol="coco-5k"), out=tmp_path / "out")
+    told = [
+        "LEFT OUT, not usable: 1 not an image",
+        "NOT coco-5k: 9 usable pictures in place of 10, 45 captions in place of 50",
+    ]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line in lines and f"{line}." in page for line in told)
+
+
 def test_questions_are_looked_for_before_the_model(tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text("[]")
 

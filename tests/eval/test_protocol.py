@@ -137,6 +137,24 @@ def test_labels_and_captions(tmp_path: Path) -> None:
         open_evaluation_data([str(tmp_path)], SETTINGS, caption="txt", labels="cls")
 
 
+@pytest.mark.usefixtures("small")
+def test_folds_do_not_shift_by_a_picture_without_captions(tmp_path: Path) -> None:
+    members = [
+        (f"{i:04d}.{suffix}", data) for i in range(PICTURES) for suffix, data in _pair(i) if i or suffix == "png"
+    ]
+    file = pack(tmp_path / "coco.tar", members)
+    settings = SETTINGS.model_copy(update={"max_bad_fraction": 0.9})
+    with refused(
+        f"{file}: {{'no caption': 1}} were left out, so that others would come into the folds of coco-1k: mend"
+    ):
+        open_evaluation_data([str(file)], settings, "coco-1k")
+    assert len(open_evaluation_data([str(file)], settings, "coco-5k").source) == PICTURES - 1
+
+
+def _pair(number: int) -> list[tuple[str, bytes]]:
+    return [("png", picture("red", 40 + number)), ("txt", b"a red square")]
+
+
 # --- CLIP_benchmark's folders ----------------------------------------------------------------------------------------
 
 

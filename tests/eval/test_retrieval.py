@@ -180,6 +180,14 @@ def test_features_that_overflow_are_refused() -> None:
         rank_counts(torch.full((2, 1, 2), 1e19), torch.full((2, 2), 1e19), torch.arange(2), torch.arange(2))
 
 
+def test_one_vector_far_longer_than_all_others_is_refused() -> None:
+    """Its rounding is larger than what lies between any two scores of the others."""
+    image, text = torch.eye(5)[:, None].clone(), torch.eye(5)
+    image[2] *= 1e6
+    with pytest.raises(ValueError, match="the longest image vector is 1000000 times as long as half of them"):
+        rank_counts(image, text, torch.arange(5), torch.arange(5))
+
+
 def test_a_query_without_a_positive_is_refused() -> None:
     image, text = from_scores([[1.0, 0.0], [0.0, 1.0]])
     with pytest.raises(ValueError, match=r"1 of 2 texts have no image with their id \(first: 8\)"):

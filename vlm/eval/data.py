@@ -111,5 +111,12 @@ def _plain(settings: schema.PairData, names: Sequence[str], image: str) -> Pictu
 
 
 def _refuse_other_size(standard: Protocol | None, source: Pictures) -> None:
-    if standard is not None:
-        standard.refuse(len(source) + source.bad.total(), str(source.files[0]))
+    """Also what would shift the folds: a picture that cannot be decoded keeps its place, what is left out has none."""
+    if standard is None:
+        return
+    standard.refuse(len(source) + source.bad.total(), str(source.files[0]))
+    if standard.folds > 1 and source.bad:
+        raise ValueError(
+            f"{source.files[0]}: {dict(source.bad)} were left out, so that others would come into the folds of "
+            f"{standard.name}: mend them, or give a protocol without folds"
+        )

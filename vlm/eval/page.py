@@ -7,6 +7,8 @@ from typing import Any
 from vlm.eval.outcome import Outcome
 from vlm.eval.report import Page, Score, Section, Table
 
+INTRO = "What the model does on this data beside what guessing gives, and where it goes right and wrong."
+
 
 def as_text(outcomes: Mapping[str, Outcome]) -> str:
     """The first table and the counts of each task."""
@@ -14,8 +16,17 @@ def as_text(outcomes: Mapping[str, Outcome]) -> str:
     for outcome in outcomes.values():
         first = [section for section in outcome.sections[:1] if isinstance(section, Table)]
         counts = [f"{count} {name}" for name, count in outcome.counts.items() if isinstance(count, int)]
-        told += [*(line for table in first for line in lines(table)), ", ".join(counts), ""]
+        told += [*(line for table in first for line in lines(table)), ", ".join(counts)]
+        told += [*warnings(outcome.counts, outcome.protocol), ""]
     return "\n".join(told)
+
+
+def warnings(counts: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[str]:
+    """What figures must not be read without: what is left out of them, and where they are not the benchmark's."""
+    unusable: Mapping[str, int] = counts.get("unusable") or {}
+    told = [f"LEFT OUT, not usable: {', '.join(f'{count} {reason}' for reason, count in unusable.items())}"]
+    differs = [f"NOT {protocol['name']}: {', '.join(protocol['deviations'])}"] if protocol.get("deviations") else []
+    return [*(told if unusable else []), *differs]
 
 
 def lines(table: Table) -> list[str]:
@@ -33,9 +44,10 @@ def _plain(cell: str | Score) -> str:
 def page_of(record: Mapping[str, Any], sections: Sequence[Section]) -> Page:
     """The sections of the tasks between what was measured and how; `record`: as metrics.json holds it."""
     model, data, settings = record["model"], record["data"], record["settings"]
+    beware = [line for told in record["tasks"].values() for line in warnings(told["counts"], told["protocol"])]
     return Page(
         title=f"{Path(model['name']).name} on {Path(data['shards'][0]).name}",
-        intro="What the model does on this data beside what guessing gives, and where it goes right and wrong.",
+        intro=" ".join([INTRO, *(f"{line}." for line in beware)]),
         facts=[
             *([("samples", f"{data['samples']:,}")] if "samples" in data else []),
             ("tasks", ", ".join(settings["tasks"])),

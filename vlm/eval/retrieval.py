@@ -23,6 +23,8 @@ from vlm.nn.backend import bfloat16_is_fast, fast_float32
 
 Match = Callable[[Int[Tensor, "P"], Int[Tensor, "P"]], Float[Tensor, "P"]]
 Summary = dict[str, Any]  # what `summarize` gives
+UNEVEN = 1000.0  # times the median norm that a vector may have
+SMALL = 1e-20  # scores from which on no product in them is rounded to zero
 LARGEST = 2**16  # side of a tile: fp32 counts its ones exactly, up to 2^24
 
 
@@ -44,7 +46,8 @@ def rank_counts(
     """Ranks in both directions from one pass over the scores, max over Q of image . text.
 
     `chunk` bounds a tile to about chunk x chunk scores; it changes speed and memory, not the ranks. Where the CPU has
-    instructions for bf16, a product in it finds which scores need one in fp32 (`vlm.eval.screen`): the same ranks.
+    instructions for bf16, a product in it finds which scores need one in fp32 (`vlm.eval.screen`): the same ranks, but
+    that of two sums in fp32 either may round a score to the one or the other side of where a tie ends.
     ValueError: features that are not finite, or a query without any positive.
     """
     with fast_float32():
@@ -134,16 +137,20 @@ class _Sorted:
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
     def extent(self, name: str) -> Extent:
-        """How far vectors reach. ValueError: one that is not finite."""
-        parts = [Extent.of(self[part]) for part in _slices(len(self), 1024)]
-        longest = Extent(max(part.norm for part in parts), max(part.lost for part in parts))
-        if not all(math.isfinite(part.norm) for part in parts):
-            norms = torch.cat([torch.linalg.vector_norm(self[part], dim=-1) for part in _slices(len(self), 1024)])
+        """How far vectors reach. ValueError: one that is not finite, or beyond all measure of the others."""
+        slices = list(_slices(len(self), 1024))
+        norms = torch.cat([torch.linalg.vector_norm(self[part], dim=-1).flatten() for part in slices])
+        if bad := int((~norms.isfinite()).sum()):
             raise ValueError(
-                f"retrieval: {int((~norms.isfinite()).sum())} of {norms.numel()} {name} vectors are not finite (NaN, "
-                "infinite or too large)"
+                f"retrieval: {bad} of {len(norms)} {name} vectors are not finite (NaN, infinite or too large)"
             )
-        return longest
+        longest, middle = float(norms.max()), float(norms.median())
+        if middle and longest > UNEVEN * middle:
+            raise ValueError(
+                f"retrieval: the longest {name} vector is {longest / middle:.0f} times as long as half of them, and "
+                "what rounding does to its scores would make ties of all others: normalise them"
+            )
+        return Extent(longest, max(Extent.of(self[part]).lost for part in slices))
 
 
 class _Pool:
@@ -162,6 +169,7 @@ class _Pool:
         self.slack = _rounding(image_extent.norm, text_extent.norm, width, torch.finfo(dtype))
         screen = Screen(image_extent, text_extent, width)
         usable = dtype == torch.float32 and math.isfinite(screen.off) and image.device.type == "cpu"
+        usable &= image_extent.norm * text_extent.norm > SMALL
         self.screen = screen if usable and bfloat16_is_fast(image.device) else None
 
     def ranks(self) -> Ranks:

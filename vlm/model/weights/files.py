@@ -63,5 +63,5 @@ def fingerprint(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
     for name in sorted(names):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

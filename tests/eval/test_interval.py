@@ -1,5 +1,6 @@
 """Intervals hold what they promise, do not depend on order or blocks, and equal plain loops; comparisons of models."""
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -85,17 +86,53 @@ def test_it_covers_the_truth_as_often_as_it_says() -> None:
     assert narrow / 400 < 0.80
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.0, (0, 60.236)), (100.0, (39.764, 100))])
-def test_all_right_is_not_certain(value: float, expected: tuple[float, float]) -> None:
-    """Clopper-Pearson of 4 of 4: 39.76 % (any table)."""
-    values, groups = torch.full((8,), value), [f"{i // 2}" for i in range(8)]
-    assert interval(values, groups) == (value, value)
-    assert interval(values, groups, bounds=(0.0, 100.0)) == pytest.approx(expected, abs=1e-3)
+@pytest.mark.parametrize(
+    ("wrong", "of", "expected"),
+    [(4, 4, (0, 60.236)), (0, 4, (39.764, 100)), (1, 20, (75.127, 100)), (0, 20, (83.157, 100)), (1, 1, (0, 97.5))],
+)
+def test_few_off_a_bound_are_not_certain(wrong: int, of: int, expected: tuple[float, float]) -> None:
+    """Clopper-Pearson (any table); two queries a picture."""
+    values = 100.0 * (torch.arange(2 * of) >= 2 * wrong)
+    found = interval(values, [f"{i // 2}" for i in range(2 * of)], bounds=(0.0, 100.0))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_worse_does_not_look_surer() -> None:
+    """But for a tenth of a point where the bootstrap takes over."""
+    for of in (20, 1000):
+        lows = []
+        for wrong in range(13):
+            values = 100.0 * (torch.arange(of) >= wrong)
+            lows.append(interval(values, [f"{i:04d}" for i in range(of)], bounds=(0.0, 100.0))[0])
+        assert all(after < before + 0.15 for before, after in itertools.pairwise(lows))
+
+
+def test_a_single_picture_says_nothing() -> None:
+    assert interval(100.0 * (torch.arange(4) < 2), ["one"] * 4, bounds=(0.0, 100.0)) == (0, 100)
+
+
+def test_it_covers_the_truth_near_a_bound_too() -> None:
+    """600 sets of 60 pictures, of which 97 % are easy."""
+    covered = 0
+    for seed in range(600):
+        right = 100.0 * (torch.rand(60, generator=torch.Generator().manual_seed(seed)) < 0.97)
+        low, high = interval(right, [str(i) for i in range(60)], bounds=(0.0, 100.0), **FEW)
+        covered += low <= 97 <= high
+    assert covered / 600 >= 0.94
 
 
 def test_bounds_change_nothing_inside() -> None:
     hits, groups = data(0)
     assert interval(hits, groups, bounds=(0.0, 1.0)) == interval(hits, groups)
+    one, two = data(0)[0], data(1)[0]
+    assert compare(one, two, groups, bounds=(0.0, 1.0)) == compare(one, two, groups)
+
+
+def test_as_different_as_can_be_is_not_certain() -> None:
+    found = compare(torch.zeros(5), torch.full((5,), 100.0), list("abcde"), bounds=(0.0, 100.0))
+    assert (found.difference, found.high) == (100, 100) and found.low == pytest.approx(-100 + 200 * 0.47818, abs=1e-2)
+    same = compare(torch.ones(5), torch.ones(5), list("abcde"), bounds=(0.0, 1.0))
+    assert (same.low, same.high) == (0, 0)
 
 
 @pytest.mark.parametrize("statistic", ["mean", "median"])

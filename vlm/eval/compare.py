@@ -1,6 +1,7 @@
 """`vlm compare`: two evaluations over the same queries, query by query."""
 
 import json as jsonlib
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from vlm.data.image import BadSample
 from vlm.data.pictures import Pictures
 from vlm.eval.interval import Comparison
 from vlm.eval.interval import compare as paired
-from vlm.eval.measure import RANK, measures
+from vlm.eval.measure import RANK, bounds, measures, recalls
 from vlm.eval.page import lines
 from vlm.eval.record import FORMAT, METRICS, REPORT, Evaluation, read, refuse_other, write_files
 from vlm.eval.report import Card, Gallery, Page, Table, render
@@ -25,6 +26,15 @@ from vlm.eval.thumbs import thumbnail
 
 QUERIES = 8  # shown of those that gained, and of those that lost
 SURE = 0.05
+FOLLOWS = (
+    "tasks",
+    "labels",
+    "deviations",
+    "prompts_cut",
+    "repeated_names",
+    "notes",
+    "choices_alike",
+)  # told elsewhere, or follow
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def compare(
 ) -> Path:
     """Prints the differences second - first and writes metrics.json and report.html; returns their folder.
 
-    ValueError: no evaluations; other queries; nothing in common; `out` holds something else.
+    ValueError: no evaluations; other queries, protocols or classes; nothing in common; `out` holds something else.
     """
     one, two = read(first), read(second)
     names = shared(one, two)
@@ -74,16 +84,20 @@ def compare(
     }
     identity |= {"draws of seed": seed}
     refuse_other(folder, identity, overwrite)
-    found = differences(one, two, names, seed)
+    refuse_unlike(one, two, names)
+    found, apart = differences(one, two, names, seed), deviations(one, two, names)
+    for line in apart:
+        print(f"vlm: {line}", file=sys.stderr)
     record = {
         "format": FORMAT,
         "identity": identity,
         "first": {"folder": str(first), "model": one.record["model"]},
         "second": {"folder": str(second), "model": two.record["model"]},
+        "differs": apart,
         "differences": {each.name: {"first": each.first, "second": each.second} | asdict(each.found) for each in found},
     }
     table = _table(found)
-    page = render(_page(one, two, [table, *changed(one, two, names)]))
+    page = render(_page(one, two, apart, [table, *changed(one, two, names)]))
     told = (jsonlib.dumps(record, indent=1) + "\n").encode()
     write_files(folder, {REPORT: page.encode("utf-8"), METRICS: told})
     text = "\n".join([*lines(table), "", f"open {folder / REPORT}"])
@@ -111,14 +125,60 @@ def shared(one: Evaluation, two: Evaluation) -> list[str]:
     return names
 
 
+def _task(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """What an evaluation tells of the task that values are of."""
+    found: dict[str, Any] = evaluation.record["tasks"][name.partition("/")[0]]
+    return found
+
+
+def refuse_unlike(one: Evaluation, two: Evaluation, names: Sequence[str]) -> None:
+    """ValueError: candidates of another number make other figures of the same ranks."""
+    for name in names:
+        mine, other = _task(one, name), _task(two, name)
+        for what, of in (("protocol", "protocol"), ("folds", "protocol"), ("classes", "counts")):
+            key = "name" if what == "protocol" else what
+            before, after = (each[of].get(key) for each in (mine, other))
+            if before != after:
+                raise ValueError(
+                    f"{one.folder} and {two.folder} differ in {what}, {before or 'none'} and {after or 'none'}: their "
+                    f"figures are not of the same task; evaluate both alike"
+                )
+        classes = [[each["class"] for each in task["metrics"].get("per_class", [])] for task in (mine, other)]
+        if classes[0] != classes[1]:
+            raise ValueError(
+                f"{one.folder} and {two.folder} differ in the names of their classes: evaluate both with the same "
+                "--classes"
+            )
+
+
+def deviations(one: Evaluation, two: Evaluation, names: Sequence[str]) -> list[str]:
+    """In words, what else than the model may make a difference."""
+    told = list[str]()
+    if one.record["data"]["fingerprint"] != two.record["data"]["fingerprint"]:
+        told.append("the data differs in more than its queries: pictures, or what was left out")
+    settings = [
+        ("", one.record["settings"], two.record["settings"]),
+        *((f"{task}: ", *(each.record["tasks"][task]["protocol"] for each in (one, two))) for task in _tasks(names)),
+    ]
+    for where, mine, other in settings:
+        for key in [key for key in mine if key in other and key not in FOLLOWS and mine[key] != other[key]]:
+            told.append(f"{where}{key.replace('_', ' ')} is {mine[key]} in the first, {other[key]} in the second")
+    return told
+
+
+def _tasks(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition("/")[0] for name in names))
+
+
 def differences(one: Evaluation, two: Evaluation, names: Sequence[str], seed: int) -> list[Difference]:
     """Of every figure that the values give."""
     found = []
     for name in names:
-        before, after = measures(name, one.values[name]), measures(name, two.values[name])
+        ks = recalls(name, _task(one, name)["counts"])
+        before, after = measures(name, one.values[name], ks), measures(name, two.values[name], ks)
         for figure in before:
             pair = before[figure], after[figure]
-            result = paired(*pair, one.groups[name], seed)
+            result = paired(*pair, one.groups[name], seed, bounds=bounds(figure))
             found.append(Difference(figure, float(pair[0].mean()), float(pair[1].mean()), result))
     return found
 
@@ -132,11 +192,11 @@ def _table(found: Sequence[Difference]) -> Table:
     return Table("Differences", header, [each.row for each in found], note)
 
 
-def _page(one: Evaluation, two: Evaluation, sections: Sequence[Table | Gallery]) -> Page:
+def _page(one: Evaluation, two: Evaluation, apart: Sequence[str], sections: Sequence[Table | Gallery]) -> Page:
     names = [each.record["model"]["name"] for each in (one, two)]
     intro = f"First: {names[0]} ({one.folder}). Second: {names[1]} ({two.folder})."
-    if one.record["data"]["fingerprint"] != two.record["data"]["fingerprint"]:
-        intro += "\n\nThe data differs in more than its queries: pictures, or what was left out."
+    if apart:
+        intro += "\n\n" + " ".join(f"{line[0].upper()}{line[1:]}." for line in apart)
     facts = [("first", Path(names[0]).name), ("second", Path(names[1]).name)]
     return Page(f"{Path(names[1]).name} against {Path(names[0]).name}", intro, facts, sections)
 

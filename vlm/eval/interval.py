@@ -6,6 +6,7 @@ Captions of one picture are right or wrong together, so what is drawn is a group
 Letters: n queries (m of the second model, n where they are the same), G groups, d draws that are worked on at once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ Statistic = Literal["mean", "median"]
 Of = Callable[[Sequence[Float[np.ndarray, "d G"]]], Float[np.ndarray, "d"]]
 LEVEL = 0.95
 DRAWS = 2000
+FEW = 10  # groups off a bound, from which on the bootstrap knows enough of them
 BLOCK = 2**21  # numbers in the largest array of a block of draws
 
 
@@ -42,20 +44,15 @@ def interval(
 ) -> tuple[float, float]:
     """The 95 % interval of the mean or median of `values`, which come in `groups`; the order does not matter.
 
-    `bounds`: what a value can be at least and at most. Where all values stand at one bound the bootstrap has nothing to
-    vary, and would be sure; the exact binomial interval over groups takes its place (Clopper & Pearson 1934).
-    ValueError: no values, values that are not finite, not one group each.
+    `bounds`: what a value can be at least and at most. Where fewer than FEW groups are off a bound the bootstrap has
+    little to vary and would be too sure: the interval of a mean then also holds the exact binomial one over the groups
+    (Clopper & Pearson 1934). ValueError: no values, values that are not finite, not one group each.
     """
     data = _Groups(groups)
     column = data.column(values, "values")
-    at = [bound for bound in bounds or () if (column == bound).all()]
-    if bounds and at:
-        # All of G groups are right with probability q^G: the q at which that is 2.5 %.
-        share = 1 - ((1 - LEVEL) / 2) ** (1 / data.count)
-        low, high = bounds
-        return (low, low + share * (high - low)) if at[0] == low else (high - share * (high - low), high)
     of = data.statistic([column], statistic)
-    return _middle(np.concatenate([of([weights]) for weights in data.resampled(seed, draws, len(column))]))
+    found = _middle(np.concatenate([of([weights]) for weights in data.resampled(seed, draws, len(column))]))
+    return found if bounds is None or statistic != "mean" else data.widened(found, column, bounds, data.count)
 
 
 def compare(
@@ -66,14 +63,15 @@ def compare(
     statistic: Statistic = "mean",
     *,
     second_groups: Sequence[str] | None = None,
+    bounds: tuple[float, float] | None = None,
     draws: int = DRAWS,
 ) -> Comparison:
     """How two models differ on the same queries. The interval is by bootstrap, p by exchanging the models.
 
     p: how often a difference as large, either way, comes out if for each group it is left to chance which model gave
     which values (a permutation test; at least 1 / (1 + draws)). Identical models: difference 0, p 1.
-    `second_groups`: of the second model's queries, where they come from elsewhere. ValueError: other queries in another
-    number or order; as of `interval`.
+    `second_groups`: of the second model's queries, where they come from elsewhere. `bounds`: as of `interval`; for
+    where most groups differ as much as they can. ValueError: other queries in another number or order, or as there.
     """
     data = _Groups(groups)
     _refuse_others(groups, groups if second_groups is None else second_groups, len(first), len(second))
@@ -88,6 +86,9 @@ def compare(
         change = np.abs(of_both([swapped, kept]) - of_both([kept, swapped]))
         as_large += int((change >= abs(difference) * (1 - 1e-9)).sum())
     low, high = _middle(np.concatenate(drawn))
+    if bounds is not None and statistic == "mean":
+        most = bounds[1] - bounds[0]
+        low, high = data.widened((low, high), two - one, (-most, most), data.count // 2)
     return Comparison(difference, low, high, (1 + as_large) / (1 + draws))
 
 
@@ -109,6 +110,18 @@ class _Groups:
         if bad:
             raise ValueError(f"interval: {bad} of {len(column)} {name} are not finite")
         return column
+
+    def widened(
+        self, found: tuple[float, float], column: Float[np.ndarray, "n"], bounds: tuple[float, float], most: int
+    ) -> tuple[float, float]:
+        """The interval of a mean, with the exact one at a bound that fewer than FEW groups, at most `most`, are off."""
+        low, high = found
+        span, share = bounds[1] - bounds[0], (column.mean() - bounds[0]) / (bounds[1] - bounds[0])
+        for bound, off in ((bounds[0], share), (bounds[1], 1 - share)):
+            if len(np.unique(self.member[column != bound])) <= min(FEW - 1, most):
+                ends = [bounds[0] + span * abs(end - (bound == bounds[1])) for end in _binomial(off, self.count)]
+                low, high = min(low, *ends), max(high, *ends)
+        return low, high
 
     def statistic(self, columns: Sequence[Float[np.ndarray, "n"]], statistic: Statistic) -> Of:
         """Of all columns together, where every group of every column counts as often as its weight says."""
@@ -165,6 +178,28 @@ def _refuse_others(first: Sequence[str], second: Sequence[str], ones: int, twos:
     for number, (one, two) in enumerate(zip(first, second, strict=True)):
         if one != two:
             raise ValueError(f"compare: query {number + 1} is of {one!r} in the first, {two!r} in the second; {remedy}")
+
+
+def _binomial(share: float, tries: int) -> tuple[float, float]:
+    """Clopper and Pearson's limits of a share, of few of the tries; a count that is not whole has those around it."""
+
+    def upto(count: int, chance: float) -> float:
+        ways = (math.comb(tries, i) * chance**i * (1 - chance) ** (tries - i) for i in range(count + 1))
+        return min(1.0, sum(ways))
+
+    tail, least, most = (1 - LEVEL) / 2, math.floor(share * tries + 1e-9), math.ceil(share * tries - 1e-9)
+    low = 0.0 if least == 0 else _where(lambda chance: 1 - upto(least - 1, chance) >= tail)
+    high = 1.0 if most == tries else _where(lambda chance: upto(most, chance) <= tail)
+    return low, high
+
+
+def _where(reached: Callable[[float], bool]) -> float:
+    """The chance from which on it is."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
 
 
 def _middle(found: Float[np.ndarray, "d"]) -> tuple[float, float]:

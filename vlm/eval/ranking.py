@@ -140,7 +140,7 @@ def retrieval_task(trained: Ready, data: EvaluationData, k: int, seed: int, fold
         "t2i": [text for fold in ranked.folds for text in fold.features.strings],
         "i2t": [name for fold in ranked.folds for name in fold.features.names],
     }
-    within = intervals(values, _for_each(values, groups), seed)
+    within = intervals(values, _for_each(values, groups), seed, ranked.counts)
     return Outcome(
         metrics={way: ranked.summary(way) for way in ranked.methods},
         chance=ranked.chance(),

@@ -140,7 +140,7 @@ def _device() -> str:
 
 
 def _told(outcome: Outcome, seed: int) -> dict[str, Any]:
-    within = outcome.intervals or intervals(outcome.values, outcome.groups, seed)
+    within = outcome.intervals or intervals(outcome.values, outcome.groups, seed, outcome.counts)
     return {
         "metrics": dict(outcome.metrics),
         "chance": dict(outcome.chance),

@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,13 @@ def test_members_that_do_not_fit(tmp_path: Path) -> None:
     ]
     shards = Shards(str(write(tmp_path / "s.tar", samples)), talks=True)
     assert shards.bad == {"picture missing": 1, "too many pictures": 1, "no conversation": 1} and len(shards) == 1
+
+
+@pytest.mark.parametrize("reply_start", [None, 5])
+def test_a_cut_answer_is_told_of_decoders_and_encoder_decoders(reply_start: int | None) -> None:
+    talk = Talk((Turn("user", (None, "a b")), Turn("assistant", ("c d e f",))))
+    whole = _form(system="", reply_start=None).prompt(talk).text
+    most = len(whole.ids) - 2 * whole.images
+    form = _form(system="", reply_start=reply_start)
+    assert not replace(form, max_tokens=most).cuts(talk)
+    assert replace(form, max_tokens=most - 1).cuts(talk)

@@ -1,12 +1,14 @@
 """Captions and answers of tiny trained models as tasks of `vlm evaluate`, and CLIPScore with a tiny encoder."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 
 from tests.tiny import COLOURS, LANGUAGE, LM, VISION, picture, read, squares, tiny_run, write_config
 from vlm.data.batch import pad
@@ -15,6 +17,7 @@ from vlm.data.talk import ask
 from vlm.data.text import encode_caption
 from vlm.eval.answer_task import answers
 from vlm.eval.caption_task import captions
+from vlm.eval.choices import likeliest
 from vlm.eval.clipscore import PREFIX, clip_scores, harmonic_mean
 from vlm.eval.data import open_evaluation_data
 from vlm.eval.report import Page, render
@@ -120,14 +123,14 @@ def lines(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_answers_and_choices(chat: Ready, folder: Path) -> None:
-    asked = [{"image": f"{i}.png", "question": "what colour?", "answers": [c] * 3} for i, c in enumerate(COLOURS)]
+    asked = [{"image": f"{i}.png", "question": "what colour?", "answers": [c] * 4} for i, c in enumerate(COLOURS)]
     choices = [
         {"image": f"{i}.png", "question": "what colour?", "choices": list(COLOURS), "answer": c}
         for i, c in enumerate(COLOURS)
     ]
     found = answers(chat, lines(folder, asked + choices), folder / "pictures")
-    assert found.counts == {"open": 8, "choices": 8, "unusable": {}}
-    assert found.chance["vqa"] == pytest.approx(100 * 2 / 3 / 8)  # three people: two others agree at most
+    assert found.counts == {"questions": 16, "open": 8, "choices": 8, "unusable": {}}
+    assert found.chance["vqa"] == pytest.approx(100 / 8)
     assert found.metrics["exact"] >= 62.5
     assert found.metrics["choice_sum"] >= 62.5 and found.metrics["choice_mean"] >= 62.5
     assert found.chance["choice_sum"] == 12.5
@@ -162,6 +165,117 @@ def test_pictures_of_vqa_are_found_by_number(chat: Ready, folder: Path, tmp_path
     found = answers(chat, questions, tmp_path, annotations)
     assert found.metrics["by_kind"] == {"other": {name: found.metrics[name] for name in ("vqa", "exact", "anls")}}
     assert found.chance["vqa"] == 100
+
+
+def asking(folder: Path, choices: list[str], answer: int, count: int = 1) -> Path:
+    row = {"image": "0.png", "question": "what colour?", "choices": choices, "answer": answer}
+    return lines(folder, [row] * count)
+
+
+def spoilt(ready: Ready, value: float, part: str = "") -> Ready:
+    """With all weights of a part, but biases and norms, of this value."""
+    model = deepcopy(ready.model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and name.startswith(part):
+                weight.fill_(value)
+    return replace(ready, model=model)
+
+
+def test_the_likeliest_is_ahead_of_all_others() -> None:
+    assert [likeliest(torch.tensor([-3.0, -1.0, -2.0]), right) for right in range(3)] == [1, 1, 1]
+    assert [likeliest(torch.full((3,), -7.0), right) for right in range(3)] == [1, 0, 0]
+    near = torch.tensor([-7.0, -7.0]).nextafter(torch.tensor([0.0, -9.0]))  # sums in another order
+    assert [likeliest(near, right) for right in range(2)] == [1, 0]
+    assert likeliest(torch.tensor([-7.0, -7.001]), 0) == 0
+    assert likeliest(torch.tensor([-7.0]), 0) == 0
+
+
+@pytest.mark.parametrize("right", [0, 3])
+def test_a_model_that_finds_all_choices_equal_is_never_right(chat: Ready, folder: Path, right: int) -> None:
+    choices = ["a", "b", "c", "d"]
+    found = answers(spoilt(chat, 0), asking(folder, choices, right), folder / "pictures")
+    assert (found.metrics, found.chance["choice_sum"]) == ({"choice_sum": 0, "choice_mean": 0}, 25)
+
+
+def test_choices_of_the_same_tokens_are_wrong_and_told(
+    chat: Ready, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = type(chat.tokenizer.inner).from_str(chat.tokenizer.inner.to_str())
+    inner.normalizer = Lowercase()
+    alike = replace(chat, tokenizer=replace(chat.tokenizer, inner=inner))
+    found = answers(alike, asking(folder, ["red", "RED", "blue"], 0), folder / "pictures")
+    assert (found.metrics["choice_sum"], found.protocol["choices_alike"]) == (0, 1)
+    assert "1 questions have a wrong choice of the same tokens as the right one: they count as wrong" in caplog.text
+    assert answers(chat, asking(folder, ["red", "RED"], 0), folder / "pictures").protocol["choices_alike"] == 0
+
+
+def test_choices_that_would_be_cut_are_refused(chat: Ready, folder: Path) -> None:
+    short = replace(chat, settings=chat.data.model_copy(update={"max_tokens": 60}))
+    asked = asking(folder, ["red " * 60 + "yes", "red " * 60 + "no"], 0)
+    wanted = r"question 0: choice 'red red .* has no room in the 60 tokens that .*chat reads \(data.max_tokens\)"
+    with pytest.raises(ValueError, match=wanted):
+        answers(short, asked, folder / "pictures")
+    assert answers(chat, asked, folder / "pictures").counts["choices"] == 1
+    with pytest.raises(ValueError, match=r"question 0: no room for an answer"):
+        answers(replace(chat, settings=chat.data.model_copy(update={"max_tokens": 6})), asked, folder / "pictures")
+
+
+def test_likelihoods_that_are_not_finite_are_refused(chat: Ready, folder: Path) -> None:
+    wanted = (
+        r"question 0: the model gives a likelihood that is not finite \(NaN or infinite\), of 'red' first: no answer"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        answers(spoilt(chat, torch.nan), asking(folder, ["red", "blue"], 0), folder / "pictures")
+
+
+def test_captions_of_a_model_that_is_not_finite_are_refused(folder: Path) -> None:
+    decoder = spoilt(restore(folder / "decoder"), torch.nan)
+    data = open_evaluation_data([str(folder / "test.tar")], decoder.data)
+    with pytest.raises(ValueError, match=r"decoder gives val/loss_lm = nan, which is not finite: its captions mean"):
+        captions(decoder, data, java=False)
+
+
+@pytest.mark.parametrize(("good", "bad"), [(1, 1), (1, 119)])
+def test_few_questions_may_be_unusable(chat: Ready, folder: Path, good: int, bad: int) -> None:
+    (folder / "pictures" / "bad.png").write_bytes(b"no picture")
+    row = {"question": "what colour?", "choices": ["red", "blue"], "answer": 0}
+    asked = lines(folder, [{**row, "image": "0.png"}] * good + [{**row, "image": "bad.png"}] * bad)
+    wanted = r"questions.jsonl: {} of {} questions are unusable \(not an image: {}\), more than max_bad_fraction=0.05"
+    seen = min(good + bad, 104)  # thirteen batches: told as soon as a hundred were seen
+    with pytest.raises(ValueError, match=wanted.format(seen - good, seen, seen - good)):
+        answers(chat, asked, folder / "pictures")
+
+
+def test_unusable_questions_below_the_limit_are_counted(chat: Ready, folder: Path) -> None:
+    (folder / "pictures" / "bad.png").write_bytes(b"no picture")
+    row = {"question": "what colour?", "choices": ["red", "blue"], "answer": 0}
+    asked = lines(folder, [{**row, "image": "0.png"}] * 19 + [{**row, "image": "bad.png"}])
+    counts = answers(chat, asked, folder / "pictures").counts
+    assert counts == {"questions": 20, "open": 0, "choices": 19, "unusable": {"not an image": 1}}
+
+
+def test_one_picture_has_a_number(chat: Ready, tmp_path: Path) -> None:
+    for name in ("x-7.png", "y-007.PNG"):
+        (tmp_path / name).write_bytes(picture("red"))
+    (tmp_path / "x-8.png").write_bytes(picture("red"))
+    (tmp_path / "q-8.jsonl").write_text("")  # no picture
+    asked = tmp_path / "q.jsonl"
+    asked.write_text(json.dumps({"image": "8", "question": "what?", "answer": "red"}))
+    assert answers(chat, asked, tmp_path).counts["open"] == 1
+    asked.write_text(json.dumps({"image": "7", "question": "what?", "answer": "red"}))
+    with pytest.raises(ValueError, match=r"question 0: picture 7 may be x-7\.png or y-007\.PNG in .*: leave one of"):
+        answers(chat, asked, tmp_path)
+
+
+def test_answers_of_few_people_have_no_vqa_accuracy(chat: Ready, folder: Path) -> None:
+    found = answers(
+        chat, lines(folder, [{"image": "0.png", "question": "what?", "answer": "red"}]), folder / "pictures"
+    )
+    assert found.metrics["vqa"] is None and found.chance["vqa"] is None and found.chance["exact"] == 100
+    assert set(found.values) == {"answers/exact", "answers/anls"}
+    (note,) = found.protocol["notes"]
+    assert note in render(Page("answers", "", [], found.sections))
 
 
 def test_what_cannot_be_asked(chat: Ready, encoder: Ready, folder: Path) -> None:
@@ -208,3 +322,9 @@ def test_clip_score_refuses(encoder: Ready, folder: Path) -> None:
         clip_scores(encoder, [("x.png", b"no")], ["a"], [["a"]])
     with pytest.raises(ValueError, match="1 pictures for 2 captions"):
         clip_scores(encoder, [("x.png", picture("red"))], ["a", "b"], [["a"], ["b"]])
+    with pytest.raises(
+        ValueError, match=r"clip gives image vectors that are not finite .*, of 'x\.png' first: nothing"
+    ):
+        clip_scores(spoilt(encoder, torch.nan), [("x.png", picture("red"))], ["a"], [["b"]])
+    with pytest.raises(ValueError, match=r"clip gives text vectors that are not finite .*, of 'a' first: nothing"):
+        clip_scores(spoilt(encoder, torch.nan, "text"), [("x.png", picture("red"))], ["a"], [["b"]])

@@ -29,10 +29,11 @@ REFERENCES = {
 }
 RESULTS = [{"image_id": 2, "caption": "a green square"}, {"image_id": 1, "caption": "a red square"}]
 PEOPLE = [{"answer": "red", "answer_id": number} for number in range(10)]
+YES_OR_NO = [{"answer": "yes"}] * 2 + [{"answer": "no"}] * 8
 VQA = {
     "annotations": [
         {"question_id": 10, "image_id": 1, "answers": PEOPLE, "answer_type": "other"},
-        {"question_id": 20, "image_id": 1, "answers": [{"answer": "yes"}, {"answer": "no"}], "answer_type": "yes/no"},
+        {"question_id": 20, "image_id": 1, "answers": YES_OR_NO, "answer_type": "yes/no"},
     ]
 }
 ANSWERS = [{"question_id": 20, "answer": "yes"}, {"question_id": 10, "answer": "red"}]
@@ -88,15 +89,45 @@ def test_one_image_takes_a_larger_corpus(vlm: Commands, folder: Path) -> None:
 def test_answers(vlm: Commands, folder: Path) -> None:
     done = vlm("score", "answers.json", "vqa.json", "--task", "vqa", "--json", folder=folder)
     found = json.loads(done.out)
-    assert found["answers"]["vqa"] == pytest.approx(100 * (1 + 1 / 6) / 2)
+    assert found["answers"]["vqa"] == pytest.approx(100 * (1 + (2 / 3 + 8 * 2 / 3) / 10) / 2)
     assert found["by_kind"]["other"]["exact"] == 100 and found["counts"] == {"questions": 2, "of": 2}
+    assert found["notes"] == []
     done = vlm("score", "answers.json", "vqa.json", "--task", "vqa", folder=folder)
-    assert done.out.splitlines()[0] == "VQA accuracy   58.33 %   other 100.00   yes/no 16.67"
+    assert done.out.splitlines()[0] == "VQA accuracy   80.00 %   other 100.00   yes/no 60.00"
     rows = [{"question": "what?", "answers": ["red"]}, {"question": "which?", "choices": ["a", "b"], "answer": 1}]
     write(folder / "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write(folder / "said.json", [{"question_id": "0", "answer": "Red."}, {"question_id": 1, "answer": "b"}])
     found = json.loads(vlm("score", "said.json", "q.jsonl", "--task", "vqa", "--json", folder=folder).out)
     assert found["answers"]["exact"] == 100
+
+
+FEW = (
+    "VQA accuracy leaves one person out and wants 3 others who agree, so it needs 4 answers of people a question: 1 of "
+    "2 questions have fewer"
+)
+
+
+def test_fewer_people_than_vqa_accuracy_needs(vlm: Commands, folder: Path) -> None:
+    rows = [{"question": "what?", "answer": "red"}, {"question": "which?", "answers": ["a"] * 4}]
+    write(folder / "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write(folder / "said.json", [{"question_id": 0, "answer": "red"}, {"question_id": 1, "answer": "a"}])
+    done = vlm("score", "said.json", "q.jsonl", "--task", "vqa", "--json", folder=folder)
+    found = json.loads(done.out)
+    assert (found["answers"], found["notes"]) == ({"vqa": None, "exact": 100, "anls": 100}, [FEW])
+    done = vlm("score", "said.json", "q.jsonl", "--task", "vqa", folder=folder)
+    assert done.out.splitlines()[:2] == ["VQA accuracy       – %", " Exact match  100.00 %"]
+    assert done.err == f"{FEW}\n"
+
+
+def test_a_part_says_of_how_many(vlm: Commands, folder: Path) -> None:
+    write(folder / "one.json", RESULTS[:1])
+    arguments = ("score", "one.json", "refs.json", "--partial", "--no-java")
+    assert vlm(*arguments, folder=folder).out.splitlines()[-1] == "1 of 2 captions, 1 references"
+    assert json.loads(vlm(*arguments, "--json", folder=folder).out)["counts"] == {"images": 1, "references": 1, "of": 2}
+    write(folder / "one.json", ANSWERS[:1])
+    arguments = ("score", "one.json", "vqa.json", "--task", "vqa", "--partial")
+    assert vlm(*arguments, folder=folder).out.splitlines()[-1] == "1 of 2 answers"
+    assert json.loads(vlm(*arguments, "--json", folder=folder).out)["counts"] == {"questions": 1, "of": 2}
 
 
 def test_clip_score_of_a_run(vlm: Commands, folder: Path) -> None:
@@ -209,6 +240,10 @@ QUESTION_FAULTS: dict[str, tuple[Any, str]] = {
     "answer is no choice": (
         [{"question": "a", "choices": ["b", "c"], "answer": "d"}],
         "vqa.json: answer 'd' is none of the choices, nor the place of one (0 to 1): ",
+    ),
+    "right choice twice": (
+        [{"question": "a", "choices": ["b", "b "], "answer": 0}],
+        "vqa.json: 'b' is the right choice and a wrong one: {'question': 'a', 'choices': ['b', 'b '], 'answer': 0}",
     ),
     "choices are no texts": ([{"question": "a", "choices": "bc"}], "vqa.json: choices is no list of texts in "),
 }

@@ -20,9 +20,12 @@ def test_accuracy_equals_the_official_code() -> None:
     found = [100 * vqa_accuracy(answer, people) for answer, people, _ in GOLDEN["answers"]]
     assert found == pytest.approx([accuracy for _, _, accuracy in GOLDEN["answers"]], abs=1e-6)
     assert len(found) == 700 and 0 < sum(found) / len(found) < 100
-    questions = [question(*people) for _, people, _ in GOLDEN["answers"]]
-    scores = score_answers([answer for answer, _, _ in GOLDEN["answers"]], questions)
-    assert scores.metrics["vqa"] == pytest.approx(GOLDEN["overall"], abs=1e-6)
+    assert sum(found) / len(found) == pytest.approx(GOLDEN["overall"], abs=1e-6)
+    many = [(answer, question(*people), accuracy) for answer, people, accuracy in GOLDEN["answers"] if len(people) > 3]
+    answers, questions, wanted = zip(*many, strict=True)
+    scores = score_answers(answers, questions)
+    assert scores.metrics["vqa"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-6)
+    assert scores.each["vqa"] == pytest.approx([accuracy / 100 for accuracy in wanted], abs=1e-8)
 
 
 def test_normalisation_equals_the_official_code() -> None:
@@ -53,7 +56,24 @@ def test_means_by_kind_of_answer() -> None:
     assert found.metrics["exact"] == pytest.approx(200 / 3)
     assert found.by_kind["yes/no"]["exact"] == 50 and found.by_kind["number"]["exact"] == 100
     assert found.each["exact"] == [1, 0, 1]
+
+
+def test_vqa_accuracy_needs_four_people() -> None:
+    found = score_answers(["a", "b"], [question(*"aaa", kind="x"), question(*"bbbb", kind="y")])
+    assert found.metrics == {"vqa": None, "exact": 100, "anls": 100} and "vqa" not in found.each
+    assert [found.by_kind[kind]["vqa"] for kind in "xy"] == [None, None]
+    (note,) = found.notes
+    assert note.endswith("it needs 4 answers of people a question: 1 of 2 questions have fewer")
+    whole = score_answers(["a"], [question(*"aaaa")])
+    assert (whole.metrics["vqa"], whole.notes) == (100, [])
+
+
+def test_the_most_frequent_answer_is_counted_as_it_is_scored() -> None:
     assert most_frequent([question("a", "b"), question("b")]) == "b"
+    asked = [question(*[text] * 9, "x") for text in ("Yes.", "yes", "YES", "yes", "no", "no", "no")]
+    assert most_frequent(asked) == "yes"
+    always = score_answers(["yes"] * 7, asked).metrics["vqa"]
+    assert score_answers([most_frequent(asked)] * 7, asked).metrics["vqa"] == always == pytest.approx(400 / 7)
 
 
 def test_what_cannot_be_scored() -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.eval.extracting import BPE
 from tests.eval.noisy import noisy
 from tests.tiny import COLOURS, pack, picture
 from vlm.eval.data import open_evaluation_data
@@ -299,3 +300,17 @@ def test_repeated_names_and_long_prompts_are_told(
     assert found.metrics["per_class"][0]["top1"] == found.metrics["per_class"][7]["top1"] == 0
     assert "several classes have one name, so none of them is ever right: red" in caplog.text
     assert "8 of 8 prompts are longer than the model reads (10 tokens): cut" in caplog.text
+    assert found.protocol["alike_names"] == []
+
+
+def test_names_of_the_same_tokens_are_told(ready: Ready, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = benchmark(tmp_path / "set", **{"classnames.txt": "\n".join(["crane", *NAMES[1:7], "Crane"])})
+    assert measured(noisy(tmp_path, tokenizer=BPE), data).protocol["alike_names"] == []
+    found = measured(ready, data)  # CLIP's tokenizer has no capitals
+    assert (found.protocol["alike_names"], found.protocol["repeated_names"]) == ([["crane", "Crane"]], [])
+    assert found.metrics["per_class"][0]["top1"] == found.metrics["per_class"][7]["top1"] == 0
+    wanted = "several classes are the same tokens to the model, so none of them is ever right: 'crane', 'Crane'"
+    assert wanted in caplog.text
+    (tmp_path / "long.txt").write_text("very " * 20 + "{c}")
+    (alike,) = measured(ready, data, templates=str(tmp_path / "long.txt")).protocol["alike_names"]
+    assert alike == ["crane", *NAMES[1:7], "Crane"]

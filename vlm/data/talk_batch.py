@@ -80,8 +80,8 @@ class TalkForm:
 
     def cuts(self, talk: Talk) -> bool:
         """Whether an answer loses words in training. BadSample: all of them do."""
-        whole = replace(self, max_tokens=_UNCUT)
-        return len(self.prompt(talk).text.ids) < len(whole.prompt(talk).text.ids)
+        form = replace(self, reply_start=None)  # answers stand in the text, also those of an encoder-decoder
+        return len(form.prompt(talk).text.ids) < len(replace(form, max_tokens=_UNCUT).prompt(talk).text.ids)
 
     def sample(self, raw: RawSample, read: Callable[[bytes], Tensor]) -> Sample:
         """With the pictures that its text shows; without a prompt where a question is yet to be drawn. BadSample."""

@@ -1,7 +1,8 @@
 """Questions about pictures put to a model: VQA accuracy of what it writes, likelihoods of given choices."""
 
+import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,32 +14,29 @@ from torch import Tensor
 
 from vlm.captions import usual_decoding
 from vlm.data.image import BadSample, decode
-from vlm.data.pictures import Folder
+from vlm.data.pictures import PICTURES, Folder
+from vlm.data.shards import MIN_SEEN
 from vlm.data.talk import ask
-from vlm.eval.answers import Question, most_frequent, read_questions, score_answers
+from vlm.eval.answers import TITLES, Question, most_frequent, read_questions, score_answers
+from vlm.eval.choices import count_alike, likeliest, likelihoods
 from vlm.eval.gallery import small
 from vlm.eval.outcome import Outcome
 from vlm.eval.report import Card, Gallery, Score, Section, Table
 from vlm.model.describe import answer
 from vlm.model.generate import Decoding
-from vlm.model.likelihood import Likelihood, likelihood
 from vlm.model.vlm import need
 from vlm.nn.backend import fast_float32
 from vlm.restore import Ready
 
 SHOWN = 24  # pictures on the page
-TITLES = {
-    "vqa": "VQA accuracy",
-    "exact": "Exact match",
-    "anls": "ANLS",
-    "choice_sum": "Choice, likelihood",
-    "choice_mean": "Choice, likelihood per token",
-}
+CHOICES = {"choice_sum": "Choice, likelihood", "choice_mean": "Choice, likelihood per token"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Said:
-    """What came of a question: the answer, and of choices which is likeliest by sum and by mean."""
+    """What came of a question: the answer, and of choices which is `likeliest` by sum and by mean."""
 
     question: Question
     text: str
@@ -57,16 +55,20 @@ def answers(
     """Asks a model that was trained on conversations; open questions are answered, choices ranked by likelihood.
 
     `questions`, `annotations`: as of `read_questions`; `images`: the folder of the pictures, which VQA's files name by
-    number. ValueError: a model trained on captions, a picture that is not there, what `read_questions` refuses.
+    number. ValueError: a model trained on captions, a picture that is not there, choices that the model cannot read
+    whole, likelihoods that are not finite, more unusable questions than the model's data may have unusable samples,
+    what `read_questions` refuses.
     """
     ready.form("")  # a model that was trained on captions says so
     asked = read_questions(questions, annotations)
     folder = _Pictures(images)
     for question in asked:
         folder.name(question)
+    if alike := count_alike(ready, asked):
+        log.warning("%d questions have a wrong choice of the same tokens as the right one: they count as wrong", alike)
     decoding = usual_decoding(ready, question=True) if decoding is None else decoding
-    said, bad = _ask(ready, asked, folder, decoding, seed)
-    found = _Figures({}, {}, {}, {}, {})
+    said, bad = _ask(ready, asked, folder, decoding, seed, str(questions))
+    found = _Figures({}, {}, {}, {}, {}, [])
     if written := [one for one in said if not one.question.choices]:
         found.add_written(written)
     if chosen := [one for one in said if one.question.choices]:
@@ -74,12 +76,15 @@ def answers(
     return Outcome(
         metrics={**found.metrics, **({"by_kind": found.by_kind} if found.by_kind else {})},
         chance=found.chance,
-        counts={"open": len(written), "choices": len(chosen), "unusable": dict(bad)},
+        counts={"questions": len(asked), "open": len(written), "choices": len(chosen), "unusable": dict(bad)},
         protocol={
             "decoding": repr(decoding),
             "seed": seed,
             "normalisation": "of VQA's evaluation code",
             "chance": "always the most frequent answer; of choices any",
+            "ties": "count against the model",
+            "choices_alike": alike,
+            "notes": found.notes,
         },
         values=found.values,
         groups=found.groups,
@@ -91,11 +96,12 @@ def answers(
 class _Figures:
     """Percentages, those of chance, and each question's own value with the picture that it is about."""
 
-    metrics: dict[str, float]
-    chance: dict[str, float]
-    by_kind: dict[str, Mapping[str, float]]
+    metrics: dict[str, float | None]
+    chance: dict[str, float | None]
+    by_kind: dict[str, Mapping[str, float | None]]
     values: dict[str, Tensor]
     groups: dict[str, list[str]]
+    notes: list[str]
 
     def add_written(self, said: Sequence[_Said]) -> None:
         """Answers in the model's own words."""
@@ -104,6 +110,8 @@ class _Figures:
         always = most_frequent(questions)
         self.chance |= score_answers([always] * len(said), questions).metrics
         self.by_kind |= scores.by_kind
+        self.notes += scores.notes
+        self.metrics |= dict.fromkeys(scores.metrics)
         for name, values in scores.each.items():
             self._add(name, values, said)
 
@@ -124,18 +132,24 @@ class _Pictures:
 
     def __init__(self, images: Path) -> None:
         self._folder = Folder(images)
-        self._numbers: dict[str, str] = {}
+        self._numbers: dict[str, list[str]] = defaultdict(list)
         for file in sorted(images.iterdir()):
-            if found := re.search(r"(\d+)$", file.stem):
-                self._numbers.setdefault(found[1].lstrip("0"), file.name)
+            if file.suffix.lower()[1:] in PICTURES.split(";") and (found := re.search(r"(\d+)$", file.stem)):
+                self._numbers[found[1].lstrip("0")].append(file.name)
 
     def name(self, question: Question) -> str:
-        """ValueError: there is none."""
+        """ValueError: there is none, or several have that number."""
         number, path = question.image.lstrip("0"), self._folder.path / question.image
         if question.image and path.is_file():
             return question.image
-        if question.image.isdigit() and number in self._numbers:
-            return self._numbers[number]
+        named = self._numbers.get(number, []) if question.image.isdigit() else []
+        if len(named) > 1:
+            raise ValueError(
+                f"question {question.id}: picture {question.image} may be {named[0]} or {named[1]} in "
+                f"{self._folder.path}: leave one of that number in the folder (--images)"
+            )
+        if named:
+            return named[0]
         raise ValueError(f"question {question.id}: no picture {question.image!r} in {self._folder.path} (--images)")
 
     def read(self, question: Question) -> bytes:
@@ -144,9 +158,12 @@ class _Pictures:
 
 
 def _ask(
-    ready: Ready, asked: Sequence[Question], folder: _Pictures, decoding: Decoding, seed: int
+    ready: Ready, asked: Sequence[Question], folder: _Pictures, decoding: Decoding, seed: int, where: str
 ) -> tuple[list[_Said], Counter[str]]:
-    """Answers in the order of the questions; those about pictures that cannot be read are left out and counted."""
+    """Answers in the order of the questions; those about pictures that cannot be read are left out and counted.
+
+    ValueError: more of these than the model's data may have unusable samples.
+    """
     generator = torch.Generator(next(ready.model.parameters()).device).manual_seed(seed)
     said, bad = list[_Said](), Counter[str]()
     for start in _progress(range(0, len(asked), ready.batch_size)):
@@ -158,11 +175,23 @@ def _ask(
                 bad[reason.reason] += 1
                 continue
             found.append((question, need(ready.model.vision, "image encoder").transform(image)))
+        if (seen := min(start + ready.batch_size, len(asked))) >= MIN_SEEN:
+            _refuse_bad(bad, seen, ready.data.max_bad_fraction, where)
         with fast_float32():
             said += _batch(ready, found, decoding, generator)
     if not said:
         raise ValueError(f"no question can be asked: {dict(bad)}")
+    _refuse_bad(bad, len(asked), ready.data.max_bad_fraction, where)
     return said, bad
+
+
+def _refuse_bad(bad: Counter[str], seen: int, limit: float, where: str) -> None:
+    if bad.total() > limit * seen:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in bad.most_common())
+        raise ValueError(
+            f"{where}: {bad.total()} of {seen} questions are unusable ({counts}), more than max_bad_fraction={limit}; "
+            "repair their pictures, or leave these questions out"
+        )
 
 
 def _batch(
@@ -179,20 +208,10 @@ def _batch(
         done |= {number: _Said(found[number][0], text) for number, text in zip(open_ones, texts, strict=True)}
     for number, (question, image) in enumerate(found):
         if question.choices:
-            likely = _choices(ready, question, image)
-            by_sum, by_mean = int(likely.total.argmax()), int(likely.mean.argmax())
+            likely = likelihoods(ready, question, image)
+            by_sum, by_mean = (likeliest(scores, question.right or 0) for scores in (likely.total, likely.mean))
             done[number] = _Said(question, question.choices[by_mean], by_sum, by_mean)
     return [done[number] for number in range(len(found))]
-
-
-def _choices(ready: Ready, question: Question, image: Tensor) -> Likelihood:
-    """Of each choice as the answer."""
-    form, words, _ = ready.form(question.text)
-    talks = [ask(words, 1, choice) for choice in question.choices]
-    try:
-        return likelihood(ready.model, form, talks, image[None], torch.zeros(len(talks), dtype=torch.long))
-    except BadSample as bad:
-        raise ValueError(f"question {question.id}: {bad}") from None
 
 
 def _progress(steps: Sequence[int]) -> Iterator[int]:
@@ -202,9 +221,11 @@ def _progress(steps: Sequence[int]) -> Iterator[int]:
 
 
 def _sections(folder: _Pictures, said: Sequence[_Said], found: _Figures) -> list[Section]:
+    titles = TITLES | CHOICES
     rows: list[list[str | Score]] = [
-        [TITLES[name], f"{found.chance[name]:.1f} %", Score(value, found.chance[name])]
+        [titles[name], f"{floor:.1f} %", Score(value, floor)]
         for name, value in found.metrics.items()
+        if value is not None and (floor := found.chance[name]) is not None
     ]
     every = max(1, len(said) // SHOWN)
     cards = []
@@ -213,5 +234,5 @@ def _sections(folder: _Pictures, said: Sequence[_Said], found: _Figures) -> list
         correct = score_answers([one.text], [one.question]).metrics["exact"] == 100
         wanted = " | ".join(dict.fromkeys(right))
         cards.append(Card(small(folder.read(one.question)), f"{one.question.text} {one.text}", wanted, correct))
-    note = "Chance: always the most frequent answer; of choices any of them."
+    note = " ".join(["Chance: always the most frequent answer; of choices any of them.", *found.notes])
     return [Table("Answers", ["", "Chance", "Answers"], rows, note), Gallery("Questions and answers", cards)]

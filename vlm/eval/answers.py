@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm.eval.coco import Entry, Id, objects, read_entries, read_json, some, text_of, twice
-from vlm.eval.vqa import anls, exact_answer, vqa_accuracy
+from vlm.eval.vqa import LEAST, PEOPLE, anls, exact_answer, normal, vqa_accuracy
 
 LINES = "a list of {image, question, answers or choices}, or one such object a line"
+TITLES = {"vqa": "VQA accuracy", "exact": "Exact match", "anls": "ANLS"}
 RESULTS = "VQA's results: a list of {question_id, answer}, or one such object a line"
 
 
@@ -33,17 +34,21 @@ class Question:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Means in percent, each answer's own 0 to 1, means by kind of answer where the file tells kinds, counts."""
+    """Means in percent, each answer's own 0 to 1, means by kind of answer where the file tells kinds.
 
-    metrics: Mapping[str, float]
+    Means are None where one cannot be computed, and `each` has none of it then; `notes` say why.
+    """
+
+    metrics: Mapping[str, float | None]
     each: Mapping[str, list[float]]
-    by_kind: Mapping[str, Mapping[str, float]]
+    by_kind: Mapping[str, Mapping[str, float | None]]
+    notes: list[str]
 
 
 def read_questions(path: Path, annotations: Path | None = None) -> list[Question]:
     """Questions with their answers, in the order of the file; VQA's annotations alone have no words of questions.
 
-    ValueError: another layout, a question without answers or choices, a question_id twice.
+    ValueError: another layout, a question without answers or choices, the right choice twice, a question_id twice.
     """
     if path.suffix.lower() == ".json" and isinstance(found := read_json(path), dict):
         questions = _vqa(path, found, annotations)
@@ -86,7 +91,10 @@ def _line(path: Path, number: int, entry: Entry) -> Question:
     kind = str(entry.get("answer_type", ""))
     if "choices" in entry:
         choices = _texts(path, entry, "choices")
-        return Question(own, image, text, [], choices, _right(path, entry, choices), kind)
+        right = _right(path, entry, choices)
+        if [choice.strip() for choice in choices].count(choices[right].strip()) > 1:
+            raise ValueError(f"{path}: {choices[right]!r} is the right choice and a wrong one: {entry!r:.80}")
+        return Question(own, image, text, [], choices, right, kind)
     given = "answers" if "answers" in entry else "answer"
     people = _texts(path, entry, given) if isinstance(entry.get(given), list) else [text_of(entry, given, path)]
     return Question(own, image, text, _needed(path, people, entry), [], kind=kind)
@@ -108,7 +116,7 @@ def _texts(path: Path, entry: Entry, field: str) -> list[str]:
 
 def _right(path: Path, entry: Entry, choices: list[str]) -> int:
     answer = entry.get("answer")
-    if isinstance(answer, str) and choices.count(answer) == 1:
+    if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
@@ -154,13 +162,16 @@ def read_answers(path: Path, questions: Sequence[Question], partial: bool = Fals
 
 
 def score_answers(answers: Sequence[str], questions: Sequence[Question]) -> AnswerScores:
-    """VQA accuracy, exact match and ANLS of answers to questions. ValueError: none, or not one answer a question."""
+    """VQA accuracy, exact match and ANLS of answers to questions. ValueError: none, or not one answer a question.
+
+    VQA accuracy only where all questions have LEAST people: with fewer the formula keeps below 1 who answers as all do.
+    """
     if len(answers) != len(questions) or not answers:
         raise ValueError(f"{len(answers)} answers to {len(questions)} questions; give one each, at least one")
     people = [question.answers or [question.choices[question.right or 0]] for question in questions]
     pairs = list(zip(answers, people, strict=True))
-    each = {
-        "vqa": [vqa_accuracy(*pair) for pair in pairs],
+    each = {} if (few := _few(people)) else {"vqa": [vqa_accuracy(*pair) for pair in pairs]}
+    each |= {
         "exact": [float(exact_answer(*pair)) for pair in pairs],
         "anls": [anls(*pair) for pair in pairs],
     }
@@ -168,17 +179,34 @@ def score_answers(answers: Sequence[str], questions: Sequence[Question]) -> Answ
     for number, question in enumerate(questions):
         kinds[question.kind].append(number)
     by_kind = {
-        kind: {name: _percent([values[i] for i in numbers]) for name, values in each.items()}
+        kind: _means({name: [values[i] for i in numbers] for name, values in each.items()})
         for kind, numbers in kinds.items()
         if kind
     }
-    return AnswerScores({name: _percent(values) for name, values in each.items()}, each, by_kind)
+    return AnswerScores(_means(each), each, by_kind, few)
+
+
+def _few(people: Sequence[Sequence[str]]) -> list[str]:
+    """Why there is no VQA accuracy, or nothing."""
+    count = sum(len(given) < LEAST for given in people)
+    note = (
+        f"VQA accuracy leaves one person out and wants {PEOPLE} others who agree, so it needs {LEAST} answers of "
+        f"people a question: {count} of {len(people)} questions have fewer"
+    )
+    return [note] if count else []
 
 
 def most_frequent(questions: Sequence[Question]) -> str:
-    """The answer that people give most often: what a model that looks at nothing would say."""
-    return Counter(text for question in questions for text in question.answers).most_common(1)[0][0]
+    """The answer that people give most often: what a model that looks at nothing would say.
+
+    Counted as it is scored, normalised, and given in its most frequent spelling.
+    """
+    spelled: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        for text in question.answers:
+            spelled[normal(text)][text] += 1
+    return max(spelled.values(), key=Counter.total).most_common(1)[0][0]
 
 
-def _percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values)
+def _means(each: Mapping[str, list[float]]) -> dict[str, float | None]:
+    return {name: 100 * sum(each[name]) / len(each[name]) if name in each else None for name in TITLES}

@@ -1,5 +1,6 @@
 """Captions of a data set by a model that writes: scores, what chance gives, whether it looks at the pictures."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,8 @@ def captions(
 
     `decoding`: `usual_decoding` unless given; `seed`:
     of its draws. `fixed`, `java`: as of `score_captions`. `gap`: the vision gap too, some passes over the data.
-    ValueError: a model that does not write, data of classes, features in place of pictures, no usable sample.
+    ValueError: a model that does not write, data of classes, features in place of pictures, no usable sample, a loss
+    that is not finite.
     """
     if not ready.writes:
         raise ValueError(f"{ready.name} was trained without lm, so it cannot write captions")
@@ -177,6 +179,9 @@ def _gap(ready: Ready, data: EvaluationData) -> dict[str, float]:
     task = Task(model, [Lm(tokenizer.size, tokenizer.dec)])
     with fast_float32():
         found = validate(Passes(task, torch.float32), loader.once)
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{ready.name} gives {name} = {value}, which is not finite: its captions mean nothing")
     return {"lm_loss": found["val/loss_lm"]} | ({"vision_gap": found[GAP]} if GAP in found else {})
 
 

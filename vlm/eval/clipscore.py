@@ -43,7 +43,7 @@ def clip_scores(
     """Scores of captions of encoded pictures (name and bytes), which are read one batch at a time.
 
     Where a model gives several vectors per image, the nearest counts. ValueError: a model without a contrastive head, a
-    picture that cannot be read, more or fewer pictures than captions.
+    picture that cannot be read, more or fewer pictures than captions, vectors that are not finite.
     """
     if ready.model.contrast is None:
         raise ValueError(f"{ready.name} has no contrastive head (itc), which CLIPScore needs")
@@ -77,14 +77,16 @@ def _images(ready: Ready, pictures: Sequence[tuple[str, bytes]]) -> Float[Tensor
         except BadSample as bad:
             raise ValueError(f"{name}: {bad}") from None
     device = next(ready.model.parameters()).device
-    return ready.model.embed_image(ready.model.see(torch.stack(pixels).to(device)))
+    vectors = ready.model.embed_image(ready.model.see(torch.stack(pixels).to(device)))
+    return _finite(ready, vectors, "image", [name for name, _ in pictures])
 
 
 def _texts(ready: Ready, texts: Sequence[str]) -> Float[Tensor, "N E"]:
     longest = ready.data.max_tokens
     encoded = [encode_caption(ready.tokenizer, PREFIX + text.strip(), longest) for text in texts]
     device = next(ready.model.parameters()).device
-    return ready.model.embed_text(pad(encoded, ready.tokenizer.pad).to(device))
+    vectors = ready.model.embed_text(pad(encoded, ready.tokenizer.pad).to(device))
+    return _finite(ready, vectors, "text", texts)
 
 
 def _nearest(ready: Ready, texts: Float[Tensor, "N E"], references: Sequence[Sequence[str]]) -> Float[Tensor, "N"]:
@@ -93,3 +95,12 @@ def _nearest(ready: Ready, texts: Float[Tensor, "N E"], references: Sequence[Seq
     sizes = [len(group) for group in references]
     nearest = [(own @ text).amax() for own, text in zip(found.split(sizes), texts, strict=True)]
     return torch.stack(nearest).clamp(min=0)
+
+
+def _finite(ready: Ready, vectors: Float[Tensor, "N *Q E"], kind: str, of: Sequence[str]) -> Float[Tensor, "N *Q E"]:
+    if bad := (~vectors.flatten(1).isfinite().all(1)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{ready.name} gives {kind} vectors that are not finite (NaN or infinite), of {of[bad[0]]!r:.80} first: "
+            "nothing can be scored by them"
+        )
+    return vectors

@@ -6,7 +6,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from vlm.eval.answers import read_answers, read_questions, score_answers
+from vlm.eval.answers import TITLES, read_answers, read_questions, score_answers
 from vlm.eval.caption_scores import as_table, score_captions, tokenize_groups
 from vlm.eval.cider import Frequencies, frequencies
 from vlm.eval.coco import Id, References, read_references, read_results
@@ -49,7 +49,8 @@ def score_results(
     for name in ("clipscore", "refclipscore"):
         if name in found["captions"]:
             print(f"{name}  {found['captions'][name]:.4f}")
-    print(f"{len(said)} captions, {found['counts']['references']} references")
+    counts = found["counts"]
+    print(f"{_part(counts['images'], counts['of'])} captions, {counts['references']} references")
     for note in scores.notes:
         print(note, file=sys.stderr)
 
@@ -62,13 +63,23 @@ def score_vqa(results: Path, references: Path, json: bool = False, partial: bool
     scores = score_answers(list(said.values()), asked)
     if json:
         counts = {"questions": len(asked), "of": len(questions)}
-        print(dumps({"answers": scores.metrics, "by_kind": scores.by_kind, "counts": counts}, indent=1))
+        found = {"answers": scores.metrics, "by_kind": scores.by_kind, "counts": counts, "notes": scores.notes}
+        print(dumps(found, indent=1))
         return
-    titles = {"vqa": "VQA accuracy", "exact": "exact match", "anls": "ANLS"}
-    for name, title in titles.items():
-        kinds = "".join(f"   {kind} {means[name]:.2f}" for kind, means in scores.by_kind.items())
-        print(f"{title:>12}  {scores.metrics[name]:6.2f} %{kinds}")
-    print(f"{len(asked)} answers")
+    for name, title in TITLES.items():
+        kinds = "".join(f"   {kind} {_percent(means[name])}" for kind, means in scores.by_kind.items())
+        print(f"{title:>12}  {_percent(scores.metrics[name]):>6} %{kinds}")
+    print(f"{_part(len(asked), len(questions))} answers")
+    for note in scores.notes:
+        print(note, file=sys.stderr)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _part(count: int, of: int) -> str:
+    return str(count) if count == of else f"{count} of {of}"
 
 
 def _fixed(corpus: Path) -> Frequencies:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 PEOPLE = 3  # so many who gave it make an answer right
+LEAST = PEOPLE + 1  # people from whom on an answer can be right wholly, as one of them is left out
 ANLS_LEAST = 0.5
 
 _ARTICLES = frozenset(["a", "an", "the"])

@@ -8,6 +8,7 @@ Letters: N images, Q vectors per image, E their width, C classes.
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -198,6 +199,7 @@ def _protocol(
 ) -> dict[str, Any]:
     """What decides the figures; warns of what lowers them without being the model's fault."""
     room = ready.data.max_tokens - len(ready.tokenizer.start) - 1
+    alike = _alike(ready, classes)
     cut = sum(len(ready.tokenizer.encode(text)) > room for texts in classes.prompts for text in texts)
     if cut:
         total = sum(map(len, classes.prompts))
@@ -205,13 +207,26 @@ def _protocol(
     if classes.repeated:
         shown = ", ".join(classes.repeated[:5])
         log.warning("several classes have one name, so none of them is ever right: %s", shown)
+    if alike:
+        shown = "; ".join(", ".join(map(repr, names)) for names in alike[:5])
+        log.warning("several classes are the same tokens to the model, so none of them is ever right: %s", shown)
     return {
         "ties": "count against the model",
         "labels": data.labels,
         "templates": templates if isinstance(templates, list) else "of each class",
         "prompts_cut": cut,
         "repeated_names": classes.repeated,
+        "alike_names": alike,
     }
+
+
+def _alike(ready: Ready, classes: Classes) -> list[list[str]]:
+    """Different names whose prompts are the same tokens: to a tokenizer without capitals, or where the name is cut."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, texts in dict(zip(classes.names, classes.prompts, strict=True)).items():
+        ids = sorted(encode_caption(ready.tokenizer, text, ready.data.max_tokens).ids for text in texts)
+        names[hash(tuple(map(tuple, ids)))].append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def _percent(right: Tensor) -> float:

@@ -40,7 +40,7 @@ def likelihood(
 ) -> Likelihood:
     """Log likelihood of the answers in `talks`, each about picture `owner`, one picture and one answer a talk.
 
-    BadSample: a question that leaves no room for an answer.
+    BadSample: a question that leaves no room for an answer. ValueError: a likelihood that is not finite.
     """
     prompts = [form.prompt(talk) for talk in talks]
     device = next(model.parameters()).device
@@ -56,4 +56,9 @@ def likelihood(
     losses = cross_entropy(model.logits(hidden[chosen]).float(), labels[chosen], reduction="none")
     rows = chosen.nonzero()[:, 0]
     total = torch.zeros(len(talks), device=device).index_add(0, rows, -losses)
+    if bad := (~total.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the model gives a likelihood that is not finite (NaN or infinite), of {talks[bad[0]].answers[-1]!r:.80} "
+            "first: no answer can be chosen by it"
+        )
     return Likelihood(total, chosen.sum(1))

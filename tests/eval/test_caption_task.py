@@ -135,7 +135,7 @@ def test_answers_and_choices(chat: Ready, folder: Path) -> None:
     assert found.metrics["choice_sum"] >= 62.5 and found.metrics["choice_mean"] >= 62.5
     assert found.chance["choice_sum"] == 12.5
     assert found.groups["answers/choice_sum"] == [f"{i}.png" for i in range(8)]
-    assert found.values["answers/exact"].mean().item() == pytest.approx(found.metrics["exact"] / 100)
+    assert found.values["answers/exact"].mean().item() == pytest.approx(found.metrics["exact"])
     assert "what colour? red" in render(Page("answers", "", [], found.sections))
 
 

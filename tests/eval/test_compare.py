@@ -13,13 +13,16 @@ from torch import Tensor
 
 from tests.command import Commands
 from tests.eval.refusals import FILES, refused
+from tests.eval.test_protocol import karpathy
 from tests.eval.test_report import Reader
-from tests.tiny import pack, picture, squares
+from tests.tiny import COLOURS, pack, picture, squares
 from vlm.eval import record as record_module
 from vlm.eval.compare import Difference, compare, gain
 from vlm.eval.data import open_evaluation_data
 from vlm.eval.interval import Comparison
+from vlm.eval.protocol import PROTOCOLS
 from vlm.eval.ranking import rank
+from vlm.eval.record import read
 from vlm.eval.run import evaluate
 from vlm.eval.show import FOUND, WAYS, Gallery, Order, matches, surest, worst
 from vlm.eval.tasks import Request
@@ -177,6 +180,65 @@ def test_bad_comparisons(vlm: Commands, place: Path) -> None:
     assert refused(vlm, place, "compare", "of-clip", "of-qformer", "--out", "of-clip").startswith(
         "vlm: of-clip holds another evaluation ("
     )
+
+
+def test_other_protocols_and_classes_are_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {name: replace(one, images=10, captions=50) for name, one in PROTOCOLS.items()}
+    monkeypatch.setattr("vlm.eval.protocol.PROTOCOLS", tiny)
+    data = karpathy(tmp_path / "coco")
+    for name in ("coco-5k", "coco-1k"):
+        evaluate(str(place / "clip"), Request([str(data)], protocol=name), ["retrieval"], out=tmp_path / name)
+    match = "differ in protocol, coco-5k and coco-1k: their figures are not of the same task"
+    with pytest.raises(ValueError, match=match):
+        compare(tmp_path / "coco-5k", tmp_path / "coco-1k", tmp_path / "both")
+    labels = Request([str(place / "test.tar")], labels="txt")
+    evaluate(str(place / "clip"), labels, out=tmp_path / "eight")
+    (tmp_path / "names.txt").write_text("\n".join([*(f"a {name} square" for name in COLOURS), "a dog"]))
+    more = replace(labels, classes=str(tmp_path / "names.txt"))
+    evaluate(str(place / "clip"), more, out=tmp_path / "nine")
+    with pytest.raises(ValueError, match="differ in classes, 8 and 9"):
+        compare(tmp_path / "eight", tmp_path / "nine", tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_what_differs_beside_the_model_is_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other pictures under the same names, another k."""
+    members = [(f"t{i:04d}.{e}", d) for i in range(12) for e, d in _member(i)]
+    evaluate(
+        str(place / "qformer"), Request([str(pack(tmp_path / "same.tar", members))], rerank=3), out=tmp_path / "one"
+    )
+    capsys.readouterr()
+    compare(place / "of-qformer", tmp_path / "one", tmp_path / "both")
+    told = [
+        "the data differs in more than its queries: pictures, or what was left out",
+        "rerank is 4 in the first, 3 in the second",
+        "retrieval: rerank k is 4 in the first, 3 in the second",
+    ]
+    assert capsys.readouterr().err.splitlines() == [f"vlm: {line}" for line in told]
+    assert json.loads((tmp_path / "both" / "metrics.json").read_text())["differs"] == told
+    assert "Rerank is 4 in the first, 3 in the second." in (tmp_path / "both" / "report.html").read_text()
+
+
+def _member(number: int) -> list[tuple[str, bytes]]:
+    colour = COLOURS[number % 8]
+    return [("png", picture("white")), ("txt", f"a {colour} square".encode())]
+
+
+def test_recalls_are_told_at_k_that_say_something(place: Path, tmp_path: Path) -> None:
+    shard = pack(tmp_path / "two.tar", [(f"{i}.{e}", d) for i in range(6) for e, d in _two(i)])
+    evaluate(str(place / "clip"), Request([str(shard)], labels="txt"), out=tmp_path / "two")
+    task = read(tmp_path / "two").record["tasks"]["classification"]
+    assert task["metrics"]["top5"] is None
+    assert sorted(task["intervals"]) == [f"zeroshot/{name}" for name in ("R@1", "margin", "mean_rank")]
+    low, high = task["intervals"]["zeroshot/R@1"]
+    assert low <= task["metrics"]["top1"] <= high
+    compare(tmp_path / "two", tmp_path / "two", tmp_path / "both")
+    found = json.loads((tmp_path / "both" / "metrics.json").read_text())["differences"]
+    assert sorted(found) == [f"classification/{name}" for name in sorted(task["intervals"])]
+
+
+def _two(number: int) -> list[tuple[str, bytes]]:
+    return [("png", picture(COLOURS[number % 2])), ("txt", COLOURS[number % 2].encode())]
 
 
 def test_a_damaged_evaluation(vlm: Commands, place: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class _Figures:
 
     def _add(self, name: str, values: Sequence[float], said: Sequence[_Said]) -> None:
         self.metrics[name] = 100 * sum(values) / len(values)
-        self.values[f"answers/{name}"] = torch.tensor(values, dtype=torch.float64)
+        self.values[f"answers/{name}"] = 100 * torch.tensor(values, dtype=torch.float64)
         self.groups[f"answers/{name}"] = [one.question.image for one in said]
 
 

@@ -78,7 +78,7 @@ def captions(
     decoding = usual_decoding(ready) if decoding is None else decoding
     written = _written(ready, source, decoding, seed)
     scores = score_captions(written.captions, written.references, fixed, written.cut, java=java)
-    metrics = {**scores.metrics, "exact": 100 * sum(_exact(written)) / len(written.ids), **scores.statistics}
+    metrics = {**scores.metrics, "exact": sum(_exact(written)) / len(written.ids), **scores.statistics}
     chance = _chance(written, fixed)
     if gap:
         metrics |= _gap(ready, data)
@@ -146,8 +146,9 @@ def _progress(total: int) -> Iterator[int]:
 
 
 def _exact(written: Written) -> list[float]:
+    """100 for each caption that is a reference word for word."""
     pairs = zip(written.captions, written.references, strict=True)
-    return [float(any(same(text, other) for other in group)) for text, group in pairs]
+    return [100.0 * any(same(text, other) for other in group) for text, group in pairs]
 
 
 def _chance(written: Written, fixed: Frequencies | None) -> dict[str, float | None]:

@@ -174,7 +174,7 @@ def differences(one: Evaluation, two: Evaluation, names: Sequence[str], seed: in
     """Of every figure that the values give."""
     found = []
     for name in names:
-        ks = recalls(name, _task(one, name)["counts"])
+        ks = recalls(_task(one, name)["counts"])
         before, after = measures(name, one.values[name], ks), measures(name, two.values[name], ks)
         for figure in before:
             pair = before[figure], after[figure]

@@ -13,11 +13,9 @@ RANK = "/rank"  # ends the names of ranks, of which lower is better
 PERCENT = ("vqa", "exact", "anls", "choice_sum", "choice_mean")  # last parts of the names of values that are percent
 
 
-def recalls(name: str, counts: Mapping[str, Any]) -> tuple[int, ...]:
-    """At which k recalls of such ranks are told; `counts`: of their task. Top-5 of four classes says nothing."""
-    if not name.startswith("classification/"):
-        return KS
-    return tuple(k for k in (1, 5) if k <= counts["classes"])
+def recalls(counts: Mapping[str, Any]) -> tuple[int, ...]:
+    """At which k recalls of ranks are told; `counts`: of their task. Top-5 of four classes says nothing."""
+    return tuple(k for k in (1, 5) if k <= counts["classes"]) if "classes" in counts else KS
 
 
 def measures(name: str, values: Shaped[Tensor, "n"], ks: Sequence[int] = KS) -> dict[str, Tensor]:
@@ -44,5 +42,5 @@ def intervals(
     return {
         measure: interval(each, list(groups[name]), seed=seed, bounds=bounds(measure))
         for name, given in values.items()
-        for measure, each in measures(name, given, recalls(name, counts)).items()
+        for measure, each in measures(name, given, recalls(counts)).items()
     }

@@ -64,7 +64,10 @@ def test_pairs_are_matched_in_parts_that_fit(ready: Ready, shard: Path, monkeypa
         return logits(seen, text)
 
     monkeypatch.setattr(ready.model, "match_logits", counted)
-    keys = ready.model.connect(features.tokens.take(image[:1])).memory.blocks[0].key.nbytes  # type: ignore[union-attr]
+    assert features.tokens is not None
+    memory = ready.model.connect(features.tokens.take(image[:1])).memory
+    assert memory is not None and memory.blocks[0] is not None
+    keys = memory.blocks[0].key.nbytes
     monkeypatch.setattr("vlm.eval.features.PAIR_BYTES", 2 * 2 * keys)
     torch.testing.assert_close(match_pairs(ready.model, features, image, text), whole)
     assert asked == [2, 2, 2, 1]

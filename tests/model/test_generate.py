@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.model.small import VOCABULARY, blip2, llava, pictures, texts, words
 from vlm.data.batch import Text
+from vlm.model.beam import Beams
 from vlm.model.generate import Decoding, Sampling, choose, generate, stream
 from vlm.model.vlm import Seen, VisionLanguageModel, last_valid
 from vlm.nn.state import State
@@ -85,6 +86,14 @@ def test_rows_end_before_their_end_token_and_the_rest_goes_on() -> None:
     found, asked = run([[1, 2, EOS, 4], [EOS], [1, 1, 1, 2, EOS]], Sampling(max_new=9))
     assert found == [[1, 2], [], [1, 1, 1, 2]]
     assert asked == [[1, EOS, 1], [2, EOS, 1], [EOS, EOS, 1], [EOS, EOS, 2]]  # nothing is asked once all have ended
+
+
+@pytest.mark.parametrize("decoding", [Sampling(max_new=3), Beams(2, max_new=3)])
+def test_a_model_that_gives_no_numbers_is_refused(decoding: Decoding) -> None:
+    logits, state, step = scripted([[1, 2], [1, EOS]])
+    logits[1, 4] = torch.nan
+    with pytest.raises(ValueError, match="gives no numbers"):
+        generate(step, logits, state, torch.zeros(2, 0, dtype=torch.long), EOS, decoding)
 
 
 def test_max_new_cuts_without_an_end_token() -> None:

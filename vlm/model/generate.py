@@ -117,8 +117,10 @@ def generate(
 
     `logits` and `state` are those after the prompt; `step` takes one token per row (B 1) and gives the next.
     `prompt` counts for the rules on repeated tokens only; negative ids in it (image placeholders, padding) do not.
-    `stop` ends a row after the tokens that it says True to; these are kept.
+    `stop` ends a row after the tokens that it says True to; these are kept. ValueError: logits that are no numbers.
     """
+    if logits.isnan().any():
+        raise ValueError("the model gives no numbers (NaN): its weights are damaged, or too large for their dtype")
     return decoding.unroll(step, logits, state, prompt, eos, generator, stop)
 
 

@@ -198,6 +198,9 @@ for command in (caption, evaluate, compare, score, index, search, shards):
 
 def main() -> None:
     """Run the verb on the command line; what the user can mend becomes one message instead of a traceback."""
+    if sys.stdout is None:
+        print("vlm: standard output is closed, and results go there", file=sys.stderr)
+        sys.exit(1)
     try:
         sys.exit(app(prog_name="vlm", standalone_mode=False))
     except click.ClickException as error:

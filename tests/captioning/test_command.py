@@ -88,7 +88,8 @@ def test_bad_pictures_do_not_stop_it(vlm: Commands, place: Path) -> None:
     assert second == "vlm: gone.png: bad name (no such file or folder)"
     assert last == "vlm: 2 of 11 pictures could not be captioned"
     quiet = run(vlm, place, "p -q")
-    assert (quiet.code, quiet.err, len(quiet.out.splitlines())) == (1, "", 8)
+    assert (quiet.code, len(quiet.out.splitlines())) == (1, 8)
+    assert quiet.err == "vlm: 1 of 9 pictures could not be captioned\n"
 
 
 def test_several_captions_and_options(vlm: Commands, place: Path) -> None:
@@ -243,6 +244,22 @@ def test_no_standard_input(place: Path) -> None:
         2,
         "vlm: -: there is no standard input: Bad file descriptor\n",
     )
+
+
+def test_a_name_is_one_line_to_the_terminal_too(vlm: Commands, place: Path) -> None:
+    (place / "p" / "bad\nname\x1b[31m.png").write_bytes(b"no")
+    done = run(vlm, place, "p")
+    assert done.code == 1 and len(done.err.splitlines()) == 2
+    assert done.err.startswith("vlm: p/bad\\nname\\x1b[31m.png: not an image")
+
+
+def test_standard_output_that_is_closed(place: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m vlm caption p -m run >&-"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", command], check=False, cwd=place, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "vlm: standard output is closed, and results go there\n")
 
 
 def test_sidecars_are_not_lost(vlm: Commands, place: Path) -> None:

@@ -131,6 +131,28 @@ def test_coco_is_whole_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(path.read_text()) == [] and list(tmp_path.iterdir()) == [path]
 
 
+def test_coco_tells_of_pictures_that_share_a_number_with_what_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.json"
+    filled(path, "coco", [said("a/1.png")])
+    filled(path, "coco", [said("a/1.png"), said("b/1.png")], skip_existing=True)
+    assert len(json.loads(path.read_text())) == 1
+    assert "1 picture(s) were taken for done, as their image_id is there" in capsys.readouterr().err
+
+
+def test_a_sidecar_is_of_one_picture_and_never_the_picture(tmp_path: Path) -> None:
+    for suffix in ("png", "BMP"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"")
+    (tmp_path / "pic.txt").write_bytes(b"a picture")
+    for wish in ({}, {"overwrite": True}, {"skip_existing": True}):
+        sink = output.opened(Work(format="sidecar", **wish), 1)
+        with pytest.raises(BadSample, match="its text would be that of another picture too"):
+            sink.has(named(str(tmp_path / "a.png")))
+        with pytest.raises(BadSample, match="its text would take its own place"):
+            sink.has(named(str(tmp_path / "pic.txt")))
+
+
 def test_coco_on_standard_output(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     for results in ([said("1.png"), BAD, said("2.png")], []):
         sink = output.opened(Work(format="coco"), 1)

@@ -18,6 +18,7 @@ from vlm.data.image import decode
 from vlm.search import show as show_module
 from vlm.search.encoder import Encoder
 from vlm.search.exact import score
+from vlm.search.places import as_told
 from vlm.search.query import Options, find
 from vlm.search.update import Options as IndexOptions
 from vlm.search.update import index
@@ -92,6 +93,17 @@ def test_scores_are_cosines_of_words_and_picture_by_weight(
     )
     assert asked("a red square", image=pictures / "blue.png", weight=0.0) == asked(image=pictures / "blue.png")
     assert asked("a red square", image=pictures / "blue.png", weight=1.0) == asked("a red square")
+
+
+@pytest.mark.parametrize("wish", [{"threshold": float("nan")}, {"weight": float("nan")}])
+def test_what_is_no_number_is_refused(asked: Callable[..., list[str]], wish: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"^--{next(iter(wish))} nan: a number is needed$"):
+        asked("a red square", **wish)
+
+
+def test_a_path_is_never_an_option() -> None:
+    assert as_told(os.path.join(os.getcwdb(), b"-dash.png")) == b"./-dash.png"
+    assert as_told(os.path.join(os.getcwdb(), b"a", b"-dash.png")) == b"a/-dash.png"
 
 
 def test_threshold_and_top(asked: Callable[..., list[str]]) -> None:

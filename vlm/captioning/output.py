@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 import numpy as np
 
 from vlm.captioning.formats import CSV_HEADER, NotOurs, Result, key, key_of, lines
-from vlm.captioning.inputs import Named
+from vlm.captioning.inputs import SUFFIXES, Named
 from vlm.captioning.wishes import Format, Work
 from vlm.data.image import BadSample
 from vlm.model.transcribe import one_line
@@ -155,7 +155,7 @@ class Lines:
     def has(self, named: Named) -> bool:
         """Whether a caption of it stands in the file."""
         name = key_of(named.name, self._format)
-        return name in self._done and name != self._cut
+        return self._done.asked(name) and name != self._cut
 
     def put(self, result: Result) -> None:
         """Appended."""
@@ -169,10 +169,18 @@ class Lines:
             remedy = "what was written before stays; make room and go on with --skip-existing"
             raise OSError(f"--output {self._path}: {error.strerror}; {remedy}") from None
 
+    @property
+    def asked_again(self) -> int:
+        """Pictures that were done by a name which another one has too."""
+        return self._done.asked_again
+
     def end(self) -> None:
         """On the disk for good."""
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+_SEVERAL = "several pictures, by the ends of their names"
 
 
 class Coco:
@@ -204,8 +212,11 @@ class Coco:
             twice = _Digests(str(json.loads(line)["image_id"]) for line in kept).repeated
         journal.unlink()
         if twice:
+            print(f"vlm: {self._path}: {twice} image_id(s) stand for {_SEVERAL}", file=sys.stderr)
+        if again := self._lines.asked_again:
             print(
-                f"vlm: {self._path}: {twice} image_id(s) stand for several pictures, by the ends of their names",
+                f"vlm: {self._path}: {again} picture(s) were taken for done, as their image_id is there, and it stands "
+                f"for {_SEVERAL}: caption them into another file",
                 file=sys.stderr,
             )
 
@@ -237,6 +248,10 @@ class Sidecars:
         """Whether there is a text. BadSample: it is not to be touched; no place is beside the picture."""
         if named.beside is None:
             raise BadSample("nothing can stand beside it", "no file of its own; take --output FILE")
+        if str(named.beside) == named.name:
+            raise BadSample("its text would take its own place", f"{named.beside}; give it the suffix of a picture")
+        if others := [file for file in _alike(named.beside) if str(file) != named.name]:
+            raise BadSample("its text would be that of another picture too", f"{named.beside} of {others[0]}")
         if self._overwrite or not named.beside.exists():
             return False
         if not self._skip:
@@ -255,6 +270,12 @@ class Sidecars:
 
     def end(self) -> None:
         """Nothing is left to do."""
+
+
+def _alike(text: Path) -> list[Path]:
+    """Pictures that a text can be of."""
+    ends = (end for suffix in sorted(SUFFIXES) for end in (suffix, suffix.upper()))
+    return [file for end in ends if (file := text.with_suffix(end)).is_file()]
 
 
 def locked(path: Path) -> BinaryIO:
@@ -301,11 +322,18 @@ class _Digests:
     def __init__(self, names: Iterable[str]) -> None:
         given = np.fromiter(map(_digest, names), np.uint64)
         self._all = np.unique(given)
+        self._asked = np.zeros(len(self._all), dtype=bool)
         self.repeated = len(given) - len(self._all)
+        self.asked_again = 0
 
-    def __contains__(self, name: str) -> bool:
+    def asked(self, name: str) -> bool:
+        """Whether it is there; counts what was asked for before."""
         place = int(np.searchsorted(self._all, np.uint64(_digest(name))))
-        return place < len(self._all) and int(self._all[place]) == _digest(name)
+        if place == len(self._all) or int(self._all[place]) != _digest(name):
+            return False
+        self.asked_again += int(self._asked[place])
+        self._asked[place] = True
+        return True
 
 
 def _digest(name: str) -> int:

@@ -44,13 +44,14 @@ class Meter:
         """One line for people, above the bar if there is one."""
         if self._quiet:
             return
+        text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)  # names may be anything
         if self._bar is not None:
             self._bar.console.print(text, markup=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """The count, if some failed."""
+        """The count, if some failed, also when quiet."""
         if self.failed:
             every = self.done + self.failed
-            self.say(f"vlm: {self.failed} of {every} pictures could not be captioned")
+            print(f"vlm: {self.failed} of {every} pictures could not be captioned", file=sys.stderr, flush=True)

@@ -47,9 +47,9 @@ def _looked(folder: str, top: bool = True) -> Iterator[tuple[str, Stamp]]:
     """Path and stamp of each picture, sorted."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
+    except OSError as error:
         if top:
-            raise
+            raise OSError(f"{folder}: {error.strerror}") from None  # it was there when all began
         return  # closed, or gone since it was seen
     for entry in entries:
         if entry.name.startswith("."):

@@ -17,6 +17,10 @@ def place_of(path: bytes, index: Path) -> bytes:
 
 
 def as_told(path: bytes) -> bytes:
-    """A path as a user would write it: from the working directory for what lies below it, else whole."""
+    """A path as a user would write it: from the working directory for what lies below it, else whole.
+
+    One that begins with a dash would be an option to the next command.
+    """
     here = os.path.join(os.fsencode(os.getcwd()), b"")
-    return path[len(here) :] if path.startswith(here) else path
+    told = path[len(here) :] if path.startswith(here) else path
+    return b"./" + told if told.startswith(b"-") else told

@@ -1,5 +1,6 @@
 """`vlm search`: the pictures of an index that are nearest to words, to a picture, or to both."""
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -70,6 +71,9 @@ def find(index: Path, words: Sequence[str], options: Options) -> None:
 
 
 def _refuse(text: str, many: bool, options: Options) -> None:
+    for name, value in (("--threshold", options.threshold), ("--weight", options.weight)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name} {value}: a number is needed")
     if not text and options.image is None:
         raise ValueError("nothing to look for: give words, --image FILE, or - for queries on standard input")
     if many and not options.json:

@@ -1,6 +1,7 @@
 """`vlm evaluate`: what is written, that figures follow from it, what is refused."""
 
 import hashlib
+import io
 import json
 import re
 from contextlib import AbstractContextManager
@@ -253,6 +254,19 @@ def test_what_is_left_out_is_told_beside_the_figures(
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     lines = capsys.readouterr().out.splitlines()
     assert all(line in lines and f"{line}." in page for line in told)
+
+
+def test_the_record_is_written_where_nobody_reads_the_figures(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        evaluate(str(place / "clip"), Request([str(place / "test.tar")]), out=tmp_path / "out")
+    assert read(tmp_path / "out").record["tasks"]["retrieval"]["counts"]["images"] == 12
 
 
 def test_questions_are_looked_for_before_the_model(tmp_path: Path) -> None:

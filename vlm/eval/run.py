@@ -73,10 +73,13 @@ def evaluate(
     sections = [section for outcome in outcomes.values() for section in outcome.sections]
     html = render(page_of(record, [*sections, *looks]))
     if names is not None:
-        print(jsonlib.dumps(renamed(record, names), indent=1))
+        text = jsonlib.dumps(renamed(record, names), indent=1)
     else:
-        print(jsonlib.dumps({"folder": str(folder), **record}, indent=1) if json else as_text(outcomes))
-    write(folder, record, outcomes, html)  # after the figures, which a full disk must not swallow
+        text = jsonlib.dumps({"folder": str(folder), **record}, indent=1) if json else as_text(outcomes)
+    try:
+        print(text, flush=True)  # before the record, as a full disk must not swallow the figures
+    finally:  # nor is the record lost where who reads has enough, such as head
+        write(folder, record, outcomes, html)
     if not json and names is None:
         print(f"open {folder / REPORT}")
     return folder

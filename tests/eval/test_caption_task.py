@@ -232,7 +232,7 @@ def test_likelihoods_that_are_not_finite_are_refused(chat: Ready, folder: Path) 
 def test_captions_of_a_model_that_is_not_finite_are_refused(folder: Path) -> None:
     decoder = spoilt(restore(folder / "decoder"), torch.nan)
     data = open_evaluation_data([str(folder / "test.tar")], decoder.data)
-    with pytest.raises(ValueError, match=r"decoder gives val/loss_lm = nan, which is not finite: its captions mean"):
+    with pytest.raises(ValueError, match="the model gives no numbers"):
         captions(decoder, data, java=False)
 
 

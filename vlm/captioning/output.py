@@ -250,7 +250,7 @@ class Sidecars:
             raise BadSample("nothing can stand beside it", "no file of its own; take --output FILE")
         if str(named.beside) == named.name:
             raise BadSample("its text would take its own place", f"{named.beside}; give it the suffix of a picture")
-        if others := [file for file in _alike(named.beside) if str(file) != named.name]:
+        if others := [file for file in _alike(named.beside) if not _same(str(file), named.name)]:
             raise BadSample("its text would be that of another picture too", f"{named.beside} of {others[0]}")
         if self._overwrite or not named.beside.exists():
             return False
@@ -270,6 +270,11 @@ class Sidecars:
 
     def end(self) -> None:
         """Nothing is left to do."""
+
+
+def _same(file: str, name: str) -> bool:
+    """One file; some systems find it under a name in other letters too."""
+    return file == name or (file.lower() == name.lower() and os.path.samefile(file, name))
 
 
 def _alike(text: Path) -> list[Path]:
